@@ -1,0 +1,37 @@
+"""Settings after defaults: fields that a policy may also set have no schema default and get their built-in value here."""
+
+from dataclasses import dataclass
+from decimal import Decimal
+
+from prism_api.service import PrismServiceSpec, Switch
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveSettings:
+    envelope_ttl_s: int
+    dwell_down_ms: int
+    dwell_up_ms: int
+    bridge_scale_up: bool
+    max_step: int
+    headroom: float
+    stabilization_up_s: int
+    stabilization_down_s: int
+
+
+def effective(spec: PrismServiceSpec) -> EffectiveSettings:
+    """Service over built-in value, field by field."""
+
+    def chosen(value: int | None, built_in: int) -> int:
+        return built_in if value is None else value
+
+    budget, scaling = spec.budget, spec.scaling
+    return EffectiveSettings(
+        envelope_ttl_s=chosen(budget.envelope_ttl_seconds, 30),
+        dwell_down_ms=chosen(budget.dwell.down_milliseconds, 200),
+        dwell_up_ms=chosen(budget.dwell.up_milliseconds, 10_000),
+        bridge_scale_up=(budget.bridge_scale_up or Switch.ENABLED) is Switch.ENABLED,
+        max_step=chosen(scaling.max_step, 4),
+        headroom=float(Decimal("0.10") if scaling.headroom is None else scaling.headroom),
+        stabilization_up_s=chosen(scaling.behavior.scale_up.stabilization_window_seconds, 30),
+        stabilization_down_s=chosen(scaling.behavior.scale_down.stabilization_window_seconds, 300),
+    )

@@ -1,0 +1,433 @@
+"""PrismService: objectives, quality floor, cost cap and bounds of one elastic service. Source of its CRD."""
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from prism_api.base import Document, Money, Name, Ratio, block, named_list
+from prism_api.conditions import Condition
+
+
+def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
+    """CEL rules of a schema node: (expression, message that names the field and the remedy)."""
+    return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in pairs]}
+
+
+IMMUTABLE = "self == oldSelf"
+Permille = Annotated[int, Field(ge=1, le=1000)]
+PointName = Name
+
+
+class NameReference(Document):
+    name: Annotated[str, Field(min_length=1, max_length=63)] = Field(description="Name of an object of this namespace.")
+
+
+class ModelReference(NameReference):
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (IMMUTABLE, "modelRef is immutable; create a new PrismService for a new model revision")
+        )
+    )
+
+
+class Objectives(Document):
+    """Latency objectives of a class; a request that keeps both is met."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "has(self.ttftMilliseconds) || has(self.tpotMilliseconds)",
+                "objectives must set `ttftMilliseconds`, `tpotMilliseconds`, or both",
+            )
+        )
+    )
+    ttft_milliseconds: Annotated[int, Field(ge=1, le=600_000)] | None = Field(
+        None, description="Time to first token that a request of this class must not exceed."
+    )
+    tpot_milliseconds: Annotated[int, Field(ge=1, le=60_000)] | None = Field(
+        None, description="Mean time per output token after the first that a request must not exceed."
+    )
+
+
+AttainmentTarget = Annotated[
+    Ratio,
+    Field(
+        json_schema_extra=rules(
+            (
+                "quantity(self).isGreaterThan(quantity('0')) && quantity(self).isLessThan(quantity('1'))",
+                "attainmentTarget must be greater than 0 and less than 1, for example '0.95'",
+            )
+        )
+    ),
+]
+
+
+class Quality(Document):
+    min_relative_quality: Ratio = Field(
+        "1",
+        validate_default=True,
+        description="Floor of the class's relative quality (lower 95 % bound); `1` never gives up any silently.",
+    )
+
+
+class Overload(StrEnum):
+    QUEUE = "Queue"
+    SHED = "Shed"
+
+
+class ServiceClass(Document):
+    """A named group of requests with its own objectives, priority and quality floor."""
+
+    name: Name = Field(description="Name of the class, the value of the class header.")
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(
+        0, description="Higher is served first; the lowest is degraded and shed first."
+    )
+    objectives: Objectives = Field(description="Latency objectives; at least one.")
+    attainment_target: AttainmentTarget = Field(
+        "0.95", validate_default=True, description="Share of requests that must meet every objective."
+    )
+    window_seconds: Annotated[int, Field(ge=60, le=3600)] = Field(300, description="Window of attainment in seconds.")
+    overload: Overload = Field(
+        Overload.QUEUE,
+        validate_default=True,
+        description="Above capacity at the floor: `Queue`, or `Shed` with 429 and Retry-After.",
+    )
+    quality: Quality = block(Quality, "How far quality may fall for this class.")
+
+
+class BudgetControl(StrEnum):
+    AUTO = "Auto"
+    FIXED = "Fixed"
+    OFF = "Off"
+
+
+class Switch(StrEnum):
+    ENABLED = "Enabled"
+    DISABLED = "Disabled"
+
+
+class Dwell(Document):
+    down_milliseconds: Annotated[int, Field(ge=0, le=60_000)] | None = Field(
+        None, description="Shortest time between two steps down of the budget; 200 if not set."
+    )
+    up_milliseconds: Annotated[int, Field(ge=0, le=600_000)] | None = Field(
+        None, description="How long saturation must stay low before one step up; 10000 if not set."
+    )
+
+
+class Budget(Document):
+    """The fast knob: which operating points may run."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "(self.control == 'Fixed') == has(self.operatingPoint)",
+                "operatingPoint must be set if and only if budget.control is 'Fixed'",
+            )
+        )
+    )
+    control: BudgetControl = Field(
+        BudgetControl.AUTO,
+        validate_default=True,
+        description="`Auto` moves the budget, `Fixed` holds `operatingPoint`, `Off` holds `full`.",
+    )
+    operating_point: PointName | None = Field(None, description="The point to hold; only with control `Fixed`.")
+    min: PointName | None = Field(
+        None, description="Lowest point for every class; a class's quality floor may be higher."
+    )
+    max: PointName = Field("full", description="Highest point for every class.")
+    safe_point: PointName = Field("full", description="Where a pod goes when its envelope expires.")
+    envelope_ttl_seconds: Annotated[int, Field(ge=5, le=600)] | None = Field(
+        None,
+        alias="envelopeTTLSeconds",
+        description="How long a pod obeys its last directive without renewal; 30 if not set.",
+    )
+    dwell: Dwell = block(Dwell, "Least times between moves: fast down, slow up.")
+    bridge_scale_up: Switch | None = Field(
+        None, description="Lower the budget while ordered replicas start; `Enabled` if not set."
+    )
+
+
+class ScalingControl(StrEnum):
+    MANAGED = "Managed"
+    EXTERNAL = "External"
+    FIXED = "Fixed"
+
+
+class Stabilization(Document):
+    stabilization_window_seconds: Annotated[int, Field(ge=0, le=3600)] | None = Field(
+        None, description="Recommendations of this window are combined; 30 up and 300 down if not set."
+    )
+
+
+class Behavior(Document):
+    """The shape of autoscaling/v2 behavior."""
+
+    scale_up: Stabilization = block(Stabilization, "Scaling up.")
+    scale_down: Stabilization = block(Stabilization, "Scaling down.")
+
+
+class Scaling(Document):
+    """The slow knob: who owns the replica count, and its bounds."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "has(self.maxReplicas) ? self.minReplicas <= self.maxReplicas : self.control != 'Managed'",
+                "maxReplicas must be set when scaling.control is 'Managed', and minReplicas must not exceed it",
+            )
+        )
+    )
+    control: ScalingControl = Field(
+        ScalingControl.MANAGED,
+        validate_default=True,
+        description="`Managed`: the operator decides. `External`: HPA, KEDA or a user through /scale. "
+        "`Fixed`: as written.",
+    )
+    min_replicas: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="Lower bound of replicas.")
+    max_replicas: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="Upper bound of replicas; required when Managed."
+    )
+    max_step: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="Most replicas that one decision adds or removes; 4 if not set."
+    )
+    headroom: Money | None = Field(
+        None, description="Share of capacity kept above the planned demand, a decimal up to 2; `0.10` if not set."
+    )
+    behavior: Behavior = block(Behavior, "Stabilization windows.")
+
+
+class Cost(Document):
+    max_per_hour: Money | None = Field(None, description="Hard cap on replicas x pricePerHour, in the fleet's currency.")
+
+
+class AcceleratorResource(Document):
+    name: Annotated[str, Field(min_length=1, max_length=253)] = Field(
+        description="Extended resource, for example nvidia.com/gpu."
+    )
+    count: Annotated[int, Field(ge=1, le=64)] = Field(1, description="How many of it one replica takes.")
+
+
+class Accelerator(Document):
+    name: Name = Field(description="Key of profiles and prices, for example h100; `cpu` without a resource.")
+    resource: AcceleratorResource | None = Field(None, description="Extended resource that a replica requests.")
+
+
+class Toleration(Document):
+    key: Annotated[str, Field(max_length=316)] | None = Field(None, description="Taint key; empty matches all keys.")
+    operator: Literal["Exists", "Equal"] | None = Field(None, description="`Exists` or `Equal`.")
+    value: Annotated[str, Field(max_length=63)] | None = Field(None, description="Taint value.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="Taint effect.")
+
+
+class EnvironmentVariable(Document):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)] = Field(
+        description="Name of the variable."
+    )
+    value: Annotated[str, Field(max_length=1024)] = Field(description="Its value; references are not supported.")
+
+
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=16)]
+
+
+class PodResources(Document):
+    cpu: Quantity = Field("1", description="CPU request.")
+    memory: Quantity = Field("2Gi", description="Memory request and limit.")
+
+
+class PodOptions(Document):
+    """The closed list of what a user may change in the pods."""
+
+    node_selector: dict[str, Annotated[str, Field(max_length=63)]] = Field(
+        default_factory=dict, max_length=16, description="Labels of the nodes that may run the pods."
+    )
+    tolerations: list[Toleration] = Field(default_factory=list, max_length=16, description="Tolerated taints.")
+    priority_class_name: Annotated[str, Field(max_length=253)] | None = Field(None, description="PriorityClass.")
+    resources: PodResources = block(PodResources, "CPU and memory of one replica.")
+    env: list[EnvironmentVariable] = named_list(
+        "Environment variables, by value only.", default_factory=list, max_length=32
+    )
+
+
+class Pool(Document):
+    """Pods of one kind."""
+
+    name: Name = Field(description="Name of the pool.")
+    accelerator: Accelerator = Field(description="What a replica runs on.")
+    price_per_hour: Money | None = Field(None, description="Price of one replica an hour; a cost cap needs it.")
+    pod: PodOptions = block(PodOptions, "What may be changed in the pods.")
+
+
+class Engine(Document):
+    max_sequences: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="Most sequences that decode at once; the runtime's default if not set."
+    )
+    max_context_tokens: Annotated[int, Field(ge=64, le=1_048_576)] | None = Field(
+        None, description="Longest prompt plus answer; the model's limit if not set."
+    )
+
+
+class Runtime(Document):
+    image: Annotated[str, Field(min_length=1, max_length=512)] = Field(
+        description="Runtime image; pin it by digest in production."
+    )
+    service_port: Annotated[int, Field(ge=1, le=65535)] = Field(
+        8000, description="Port of the OpenAI API; control (8081) and metrics (8082) are fixed."
+    )
+    engine: Engine = block(Engine, "Limits of the engine.")
+
+
+class Rollout(Document):
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "self.maxSurge + self.maxUnavailable > 0",
+                "rollout.maxSurge and rollout.maxUnavailable must not both be 0; set maxUnavailable to 1",
+            ),
+            (
+                "self.terminationGracePeriodSeconds >= self.drainSeconds + 15",
+                "rollout.terminationGracePeriodSeconds must be at least drainSeconds + 15",
+            ),
+        )
+    )
+    max_surge: Annotated[int, Field(ge=0, le=100)] = Field(0, description="Extra pods during a rollout.")
+    max_unavailable: Annotated[int, Field(ge=0, le=100)] = Field(1, description="Missing pods during a rollout.")
+    drain_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        45, description="How long accepted requests may finish after a pod is told to stop."
+    )
+    termination_grace_period_seconds: Annotated[int, Field(ge=16, le=3700)] = Field(
+        60, description="When a stopping pod is killed; at least drainSeconds + 15."
+    )
+
+
+class Disruption(Document):
+    max_unavailable: Annotated[int, Field(ge=1, le=100)] = Field(
+        1, description="maxUnavailable of the PodDisruptionBudget; never 0, so it cannot block a drain for ever."
+    )
+
+
+class Networking(Document):
+    class_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$", min_length=1, max_length=64)] = Field(
+        "x-prism-class", description="Header that names the service class; let only a trusted gateway set it."
+    )
+    network_policy: Switch = Field(
+        Switch.ENABLED, validate_default=True, description="Create a NetworkPolicy for the pods."
+    )
+
+
+class Mode(StrEnum):
+    ACTIVE = "Active"
+    PAUSED = "Paused"
+
+
+class PrismServiceSpec(Document):
+    """What a service promises, how far its quality may fall, and what it may cost."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "(self.scaling.control == 'Managed') != has(self.replicas)",
+                "replicas must be set when scaling.control is 'External' or 'Fixed', and must not be set when it is "
+                "'Managed' (set scaling.minReplicas and scaling.maxReplicas there)",
+            ),
+            (
+                "has(self.defaultClass) ? self.classes.exists(c, c.name == self.defaultClass) "
+                ": size(self.classes) == 1",
+                "defaultClass must name one of `classes`, and is required with two or more classes",
+            ),
+        )
+    )
+    model_ref: ModelReference = Field(description="The PrismModel to serve; immutable.")
+    mode: Mode = Field(
+        Mode.ACTIVE,
+        validate_default=True,
+        description="`Active` decides and acts; `Paused` holds points and replicas and still repairs what it owns.",
+    )
+    replicas: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="Replica count of the /scale subresource; only when scaling.control is External or Fixed."
+    )
+    default_class: Name | None = Field(None, description="Class of a request without class header.")
+    classes: list[ServiceClass] = named_list("Service classes.", min_length=1, max_length=8)
+    budget: Budget = block(Budget, "The fast knob: which operating points may run.")
+    scaling: Scaling = block(Scaling, "The slow knob: who owns the replica count, and its bounds.")
+    cost: Cost = block(Cost, "Cost cap.")
+    pools: list[Pool] = named_list("Pools of pods; exactly one in v1alpha1.", min_length=1, max_length=1)
+    runtime: Runtime = Field(description="Image and limits of the runtime.")
+    rollout: Rollout = block(Rollout, "How pods are replaced and drained.")
+    disruption: Disruption = block(Disruption, "PodDisruptionBudget.")
+    networking: Networking = block(Networking, "Headers and network policy.")
+
+    @property
+    def default_class_name(self) -> str:
+        return self.default_class or self.classes[0].name
+
+    @property
+    def pool(self) -> Pool:
+        return self.pools[0]
+
+
+class BudgetStatus(Document):
+    epoch: int = Field(description="Epoch of the last directive.")
+    sequence: int = Field(description="Sequence of the last directive.")
+    acked_replicas: int = Field(description="Ready pods that acknowledged the last directive.")
+    stale_replicas: int = Field(description="Ready pods without a fresh report.")
+    mean_budget_permille: int = Field(description="Mean activation budget over ready pods and classes.")
+    last_switch_time: str | None = Field(None, description="When an operating point last changed, RFC 3339.")
+
+
+class ClassStatus(Document):
+    name: Name = Field(description="Name of the class.")
+    point: Name = Field(description="Operating point last sent.")
+    effective_pods: int = Field(description="Pods that run this class at `point`.")
+    attainment: Ratio | None = Field(None, description="Share of requests met in the window; absent without traffic.")
+    ttft_milliseconds: int | None = Field(None, description="Time to first token at the attainment target's quantile.")
+    tpot_milliseconds: int | None = Field(
+        None, description="Time per output token at the attainment target's quantile."
+    )
+    relative_quality: Ratio | None = Field(None, description="Token-weighted relative quality in the window.")
+
+
+class CostStatus(Document):
+    per_hour: Money = Field(description="Current price of all replicas an hour.")
+    cap_utilization: Money | None = Field(None, description="perHour divided by cost.maxPerHour.")
+
+
+class RecommendedPoint(Document):
+    class_name: Name = Field(alias="class", description="Name of the class.")
+    point: Name = Field(description="Operating point that the plan wants.")
+
+
+class Recommendation(Document):
+    replicas: int = Field(description="Replicas that the plan wants.")
+    points: list[RecommendedPoint] = Field(max_length=8, description="Operating point per class.")
+    reason: Annotated[str, Field(max_length=64)] = Field(description="Why; one of the documented reasons.")
+
+
+class Decision(Document):
+    """One move of a knob. Newest first in status, at most five."""
+
+    time: str = Field(description="When, RFC 3339.")
+    kind: Literal["Budget", "Replicas"] = Field(description="Which knob.")
+    class_name: Name | None = Field(None, alias="class", description="Class, for a Budget decision.")
+    from_: Annotated[str, Field(max_length=32)] = Field(alias="from", description="Value before.")
+    to: Annotated[str, Field(max_length=32)] = Field(description="Value after.")
+    reason: Annotated[str, Field(max_length=64)] = Field(description="Why; one of the documented reasons.")
+    message: Annotated[str, Field(max_length=512)] = Field(description="Inputs and the rejected alternative.")
+
+
+class PrismServiceStatus(Document):
+    """What the operator saw and did. Small and slow: written on change, at most once every five seconds."""
+
+    observed_generation: int | None = Field(None, description="Generation of the spec that this status describes.")
+    replicas: int | None = Field(None, description="Pods of the Deployment; the /scale subresource reads it.")
+    ready_replicas: int | None = Field(None, description="Pods that are Ready.")
+    starting_replicas: int | None = Field(None, description="Pods that are ordered and not yet Ready.")
+    desired_replicas: int | None = Field(None, description="Pods that the operator wants.")
+    selector: Annotated[str, Field(max_length=256)] | None = Field(None, description="Label selector of the pods.")
+    budget: BudgetStatus | None = Field(None, description="The last directive and who follows it.")
+    classes: list[ClassStatus] | None = named_list("State by class.", default=None, max_length=8)
+    cost: CostStatus | None = Field(None, description="What the service costs now.")
+    recommendation: Recommendation | None = Field(None, description="What the plan wants now.")
+    decisions: list[Decision] | None = Field(None, max_length=5, description="The last five decisions, newest first.")
+    conditions: list[Condition] | None = named_list("Conditions.", key="type", default=None, max_length=16)
