@@ -1,0 +1,92 @@
+# `make` alone prints what there is. Everything that is downloaded or built goes into .venv/ here and into the user's
+# cache folder (PRISM_CACHE, else XDG_CACHE_HOME/moe-prism, else ~/.cache/moe-prism); `make clean` removes the first,
+# `make clean-cache` the second.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+UV_VERSION := 0.13.9
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CLUSTER := $(BIN)/python -m tests.localcluster
+export OMP_NUM_THREADS ?= 1
+export PYTHONUNBUFFERED := 1
+ARGS ?=
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	@echo "Installing the Python environment into $(VENV): 5.5 GB (torch brings its CUDA libraries), 1 to 5 minutes."
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { echo "$(PYTHON) must be Python 3.11 to 3.13; set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module; run: apt-get install -y python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c requirements.lock -e '.[dev]'
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.installed ## Python environment in .venv/
+
+.PHONY: serve
+serve: install ## Serve the embedded model on this machine's CPU at 127.0.0.1:8000 (no root, no cluster)
+	$(BIN)/prism-runtime serve examples/model/artifact --local-control $(ARGS)
+
+.PHONY: demo
+demo: install ## From nothing to a result: cluster, operator, burst, comparison (ARGS=--fast: the short one)
+	$(BIN)/python -m examples.demo $(ARGS)
+
+.PHONY: test
+test: install ## All tests, on a real local Kubernetes
+	@echo "Tests: unit, property, sim and runtime take about 5 minutes; the cluster levels build Kubernetes and images on"
+	@echo "first use (20 minutes, 30 GB of disk) and take about 8 minutes afterwards. Ctrl-C is safe; run it again to go on."
+	@if [ "$$(id -u)" = 0 ]; then $(CLUSTER) doctor --install; fi
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-fast
+test-fast: install ## Tests that need no cluster
+	$(BIN)/python -m pytest tests/unit tests/property tests/sim tests/runtime $(ARGS)
+
+.PHONY: lint
+lint: install ## Style, types, layer contracts, generated files, chart
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m prism_api.crd --check crds helm/prism/files/crds
+	$(BIN)/python -m tests.lint
+
+.PHONY: generate
+generate: install ## CRDs and API reference from the typed resources
+	$(BIN)/python -m prism_api.crd crds helm/prism/files/crds
+
+.PHONY: lock
+lock: install ## Re-resolve requirements.lock (exact versions, no host names)
+	$(BIN)/uv pip compile pyproject.toml --extra dev --no-emit-index-url --no-header --no-annotate --python-version 3.11 -o requirements.lock
+
+.PHONY: cluster-up
+cluster-up: install ## Local Kubernetes 1.37.2 with two nodes; prints the KUBECONFIG to export
+	$(CLUSTER) up $(ARGS)
+
+.PHONY: cluster-down
+cluster-down: install ## Stop it; nothing is left behind
+	$(CLUSTER) down $(ARGS)
+
+.PHONY: bench-engine
+bench-engine: install ## Step time of the engine at every operating point on this CPU
+	$(BIN)/prism-runtime profile examples/model/artifact $(ARGS)
+
+.PHONY: evidence-slice
+evidence-slice: install ## Re-take every figure of evidence/slice.json (ARGS=--cold: from empty caches too)
+	$(BIN)/python -m evidence.slice $(ARGS)
+
+.PHONY: clean
+clean: ## Remove .venv/ and build output of this checkout
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.PHONY: clean-cache
+clean-cache: install ## Remove built binaries and images from the user's cache folder
+	$(CLUSTER) clean
