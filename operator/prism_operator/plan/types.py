@@ -1,0 +1,342 @@
+"""What the planner sees, remembers and answers: frozen data, no behaviour beyond printing.
+
+Time is `now_s`: seconds of one monotonic clock, an argument everywhere. Units stand in the names. `None` means unknown
+and is never read as zero. States hold plain values only, so that `dataclasses.asdict` gives JSON, and are bounded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from enum import StrEnum
+
+from prism_api.control import Admission, Fence, Load
+from prism_api.effective import EffectiveSettings
+from prism_api.points import Ladder
+from prism_api.profile import Profile
+from prism_api.service import BudgetControl, ScalingControl
+
+
+class Status(StrEnum):
+    """Progress: a knob moves. Hold: it stays and that is right. Blocked: it would move but may not; never "done"."""
+
+    PROGRESS = "Progress"
+    HOLD = "Hold"
+    BLOCKED = "Blocked"
+
+
+class Reason(StrEnum):
+    """Why a plan is what it is. Closed: metrics, events and status use these words."""
+
+    ADOPTED = "Adopted"
+    STEADY = "Steady"
+    DEMAND = "Demand"
+    BURST_BRIDGE = "BurstBridge"
+    BROWNOUT = "Brownout"
+    RESTORE = "Restore"
+    DWELL = "Dwell"
+    AT_FLOOR = "AtFloor"
+    AT_FULL = "AtFull"
+    PINNED = "Pinned"
+    COST_CAP = "CostCap"
+    MAX_REPLICAS = "MaxReplicas"
+    IN_FLIGHT = "InFlight"
+    STABILIZING = "Stabilizing"
+    STEP_CAP = "StepCap"
+    SIGNALS_STALE = "SignalsStale"
+    NO_PROFILE = "NoProfile"
+    ROLLOUT = "Rollout"
+    POD_LOST = "PodLost"
+    PAUSED = "Paused"
+    EXTERNAL = "External"
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """One pod of the service. What comes from its report is that of the last report that was understood."""
+
+    name: str
+    uid: str
+    created_s: float
+    ip: str | None = None
+    node: str | None = None
+    ready: bool = False
+    """Condition Ready of the pod, and not deleting."""
+    deleting: bool = False
+    """Has a deletion timestamp, or its report says draining."""
+    ready_s: float | None = None
+    """When it last became Ready."""
+    unschedulable: bool = False
+    stale: bool = False
+    """No fresh report (three polls missed, or never one)."""
+    start_id: str | None = None
+    held: Fence | None = None
+    """None: never managed, or no report yet."""
+    points: Mapping[str, str] = field(default_factory=dict)
+    """Class -> effective operating point; empty while unknown."""
+    load: Load | None = None
+    profile: Profile | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClassDelta:
+    """What one class's counters grew by since the last observation, summed over the pods heard."""
+
+    arrived: int = 0
+    finished: int = 0
+    met: int = 0
+    missed: int = 0
+    shed: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    ttft: tuple[int, ...] = ()
+    """48 counts with the bounds of `prism_api.control`, or empty for none."""
+    tpot: tuple[int, ...] = ()
+    tokens_by_point: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One service at one tick."""
+
+    now_s: float
+    pods: tuple[PodView, ...] = ()
+    classes: Mapping[str, ClassDelta] = field(default_factory=dict)
+    """Only classes that a fresh report spoke of; a class that is absent is unknown, not idle."""
+    ordered_replicas: int | None = None
+    """`spec.replicas` of the Deployment; None while there is none."""
+    rollout: bool = False
+    """The Deployment replaces pods by a new template."""
+    pod_ready_times_s: tuple[float, ...] = ()
+    """Measured creation-to-Ready times of this pool, oldest first; the last ten matter."""
+
+    @property
+    def ready(self) -> tuple[PodView, ...]:
+        return tuple(pod for pod in self.pods if pod.ready and not pod.deleting)
+
+    @property
+    def fresh(self) -> tuple[PodView, ...]:
+        return tuple(pod for pod in self.ready if not pod.stale)
+
+    @property
+    def starting(self) -> tuple[PodView, ...]:
+        return tuple(pod for pod in self.pods if not pod.ready and not pod.deleting)
+
+    @property
+    def profile(self) -> Profile | None:
+        """Profile of the pool's accelerator, from a pod that published one; ready pods first."""
+        ordered = sorted(self.pods, key=lambda pod: (not pod.ready, pod.stale, pod.uid))
+        return next((pod.profile for pod in ordered if pod.profile is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """Periods, windows and thresholds of the two loops. Defaults suit pods that start in a minute or two."""
+
+    fast_period_s: float = 1.0
+    slow_period_s: float = 30.0
+    short_window_s: float = 6.0
+    """Rates and latencies of the fast loop; Knative's panic window."""
+    long_window_s: float = 60.0
+    """Rates of the slow loop and mean lengths; Knative's stable window."""
+    enough_arrivals: int = 20
+    """Below this count a window is widened to the next one: the relative error of n arrivals is 1/sqrt(n)."""
+    high: float = 0.60
+    """Saturation above which the budget sinks; a healthy 90 % quantile lies at 0.2 to 0.45 of the objective."""
+    low: float = 0.40
+    clamp: float = 2.0
+    """Latency beyond twice the objective says no more than twice does, and would poison averages."""
+    restore_margin: float = 0.05
+    """A step up must be predicted to stay this far below `high`."""
+    rate_margin: float = 0.05
+    """Share of offered load that ready capacity must have to spare in the fast loop."""
+    missed_polls: int = 3
+    pod_ready_s: float = 120.0
+    """Assumed creation-to-Ready time until one was measured."""
+    stuck_factor: float = 2.0
+    """A pod that starts for longer than this many pod-ready times gets no credit and is reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassPolicy:
+    """One class with everything resolved; at least one objective is set."""
+
+    name: str
+    priority: int
+    ttft_s: float | None
+    tpot_s: float | None
+    attainment_target: float
+    window_s: int
+    sheds: bool
+    floor: str
+    """Lowest operating point: the higher of `budget.min` and what keeps minRelativeQuality, at most `max_point`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePolicy:
+    """A service's spec, its model and the loops' settings, checked and resolved."""
+
+    classes: tuple[ClassPolicy, ...]
+    default_class: str
+    ladder: Ladder
+    model_digest: str
+    budget: BudgetControl
+    fixed_point: str | None
+    """Only with budget control Fixed; raised to a class's floor where that is higher."""
+    max_point: str
+    safe_point: str
+    paused: bool
+    scaling: ScalingControl
+    min_replicas: int
+    max_replicas: int | None
+    spec_replicas: int | None
+    """The /scale field; set iff scaling is External or Fixed."""
+    price_per_hour: Decimal | None
+    max_per_hour: Decimal | None
+    effective: EffectiveSettings
+    loop: LoopSettings
+
+    @property
+    def cap_replicas(self) -> int | None:
+        """Most replicas that the cost cap pays for; None without a cap."""
+        if self.max_per_hour is None or not self.price_per_hour:
+            return None
+        return int(self.max_per_hour // self.price_per_hour)
+
+    def by_name(self, name: str) -> ClassPolicy:
+        return next(policy for policy in self.classes if policy.name == name)
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """A spec that cannot be planned: the condition that turns False, its reason, and what would help."""
+
+    condition: str
+    reason: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.condition}=False {self.reason}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Counts of one class over (start_s, end_s]; `heard` is the share of ready pods that they cover."""
+
+    start_s: float
+    end_s: float
+    heard: float
+    delta: ClassDelta
+
+
+@dataclass(frozen=True, slots=True)
+class DemandState:
+    """Samples per class, oldest first: single ticks in the long window, ten-second sums before it."""
+
+    since_s: float | None = None
+    """First observation of this process: how long the history is."""
+    last_s: float | None = None
+    samples: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassTarget:
+    """What one class is told, and why."""
+
+    name: str
+    point: str
+    floor: str
+    ceiling: str
+    admission: Admission
+    status: Status
+    reason: Reason
+    message: str
+    """Inputs, and the best rejected alternative."""
+    saturation: float | None = None
+
+    def __str__(self) -> str:
+        shed = " shedding" if self.admission is Admission.SHED else ""
+        return f"{self.name}={self.point} [{self.floor}, {self.ceiling}]{shed} {self.status} {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPlan:
+    """The fast decision. `status` and `reason` are those of the class that explains most."""
+
+    status: Status
+    reason: Reason
+    message: str
+    classes: tuple[ClassTarget, ...]
+    bridging: bool = False
+    """Replicas are ordered and not ready."""
+    fits: bool | None = None
+    """Demand fits ready capacity at these points; None if demand or capacity is unknown."""
+
+    def by_name(self, name: str) -> ClassTarget:
+        return next(target for target in self.classes if target.name == name)
+
+    def __str__(self) -> str:
+        targets = ", ".join(f"{target.name}={target.point}" for target in self.classes)
+        return f"budget {self.status} {self.reason}: {targets}; {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class ClassBudgetState:
+    """Memory of one class between ticks."""
+
+    point: str
+    moved_s: float
+    """When the point last changed, or was adopted."""
+    low_since_s: float | None = None
+    """Since when a step up has been justified without a break."""
+    cause: Reason = Reason.STEADY
+    """Why the class last went down."""
+    shedding: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetState:
+    """Memory of the fast loop; empty after a start, then the pods' points are adopted."""
+
+    classes: Mapping[str, ClassBudgetState] = field(default_factory=dict)
+    known_pods: tuple[str, ...] = ()
+    """Uids of the ready pods of the last tick."""
+    lost_s: float | None = None
+    """When a ready pod last vanished without being told to."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPlan:
+    """The slow decision. `replicas` is to be ordered; `recommended` is what demand asks for, before any bound."""
+
+    status: Status
+    reason: Reason
+    message: str
+    replicas: int
+    recommended: int
+    limited_by: Reason | None = None
+    """Which bound cut the recommendation; None if none did."""
+    stuck_pods: tuple[str, ...] = ()
+    """Pods that start for too long: they get no credit."""
+
+    def __str__(self) -> str:
+        return f"replicas {self.status} {self.reason}: {self.replicas} (recommended {self.recommended}); {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    at_s: float
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """Memory of the slow loop."""
+
+    since_s: float | None = None
+    """First decision of this process: no scale-down until the down window is full of its own recommendations."""
+    recommendations: tuple[Recommendation, ...] = ()
+    ordered_s: float | None = None
+    """When the last order was given."""
+    ordered_for: int | None = None
+    """Recommendation that the last order answered: only a higher one may add to it while pods start."""
