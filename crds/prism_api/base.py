@@ -4,6 +4,8 @@ Rules that hold everywhere (Kubernetes API conventions): no floats on the wire, 
 decimal strings that are also valid quantities so that CEL can compare them, every field documented and bounded.
 """
 
+import re
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -16,33 +18,49 @@ NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 DIGEST_PATTERN = r"^sha256:[0-9a-f]{64}$"
 
 
-def _decimal_string(value: Any) -> Decimal:
-    if isinstance(value, Decimal):
-        return value
-    if isinstance(value, str):
-        return Decimal(value)
-    raise ValueError(f"must be a decimal string in quotes, for example '0.98'; found {value!r}")
+def _plain(value: Decimal) -> str:
+    """Digits without an exponent, which the patterns (and the API server) refuse."""
+    return format(value, "f")
 
 
-def _decimal(pattern: str) -> Any:
+def _decimal_parser(pattern: str, example: str) -> Callable[[Any], Decimal]:
+    def parse(value: Any) -> Decimal:
+        text = _plain(value) if isinstance(value, Decimal) else value
+        if not isinstance(text, str) or not re.fullmatch(pattern, text):
+            raise ValueError(f"must be a string like '{example}' that matches {pattern}; found {value!r}")
+        return Decimal(text)
+
+    return parse
+
+
+def _decimal(pattern: str, example: str) -> Any:
     return Annotated[
         Decimal,
-        BeforeValidator(_decimal_string),
-        PlainSerializer(str, return_type=str),
+        BeforeValidator(_decimal_parser(pattern, example)),
+        PlainSerializer(_plain, return_type=str),
         WithJsonSchema({"type": "string", "pattern": pattern, "maxLength": 16}),
     ]
 
 
-Ratio = _decimal(RATIO_PATTERN)
+Ratio = _decimal(RATIO_PATTERN, "0.98")
 """A share in [0, 1], a decimal string on the wire and a ``decimal.Decimal`` in Python."""
 
-Money = _decimal(DECIMAL_PATTERN)
+Money = _decimal(DECIMAL_PATTERN, "2.50")
 """A non-negative amount or factor, a decimal string on the wire and a ``decimal.Decimal`` in Python."""
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, min_length=1, max_length=32)]
 """A DNS label of at most 32 characters: names of classes, points, pools."""
 
 Digest = Annotated[str, Field(pattern=DIGEST_PATTERN, max_length=71)]
+
+Timestamp = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"})]
+"""RFC 3339."""
+
+Generation = Annotated[int, Field(ge=0, le=2**53)]
+"""A counter that only rises; bounded by what every JSON reader keeps exact."""
+
+ReplicaCount = Annotated[int, Field(ge=0, le=100_000)]
+"""Pods seen or wanted. Far above every bound a spec can set: a status must never be refused for being true."""
 
 
 class Document(BaseModel):
@@ -59,12 +77,25 @@ class Document(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
+IMMUTABLE = "self == oldSelf"
+
+
+def rules(*entries: tuple[str, str] | tuple[str, str, str]) -> dict[str, Any]:
+    """CEL rules of a schema node: expression, message with the remedy, and the field that the server's answer names."""
+    keys = ("rule", "message", "fieldPath")
+    return {"x-kubernetes-validations": [dict(zip(keys, entry, strict=False)) for entry in entries]}
+
+
 def block(model: type[Document], doc: str) -> Any:
-    """A nested object that defaults to its own defaults: ``default: {}`` in the schema, else they would not be applied."""
-    return Field(default_factory=model, description=doc, json_schema_extra={"default": {}})
+    """A nested object that may be left out.
+
+    Its default is spelled out instead of `{}`: the API server checks a default against the node's CEL rules before it
+    fills in nested defaults, and refuses the CRD if a rule reads a field that is not there.
+    """
+    return Field(default_factory=model, description=doc, json_schema_extra={"default": model().to_wire()})
 
 
 def named_list(doc: str, key: str = "name", **bounds: Any) -> Any:
     """A list of named objects: server-side apply merges its entries and keeps names unique."""
-    extra = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+    extra: dict[str, Any] = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
     return Field(description=doc, json_schema_extra=extra, **bounds)

@@ -6,14 +6,14 @@ next. (epoch, sequence) fences it; the envelope's time to live bounds how long a
 
 from enum import StrEnum
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
 from prism_api.base import Digest, Document, Name
 from prism_api.profile import Profile
 
-CONTROL_VERSION = "control.v1"
+CONTROL_VERSION: Final = "control.v1"
 OPERATOR_IDENTITY = "spiffe://moeprism.io/operator"
 MAX_BODY_BYTES = 64 * 1024
 
@@ -88,7 +88,7 @@ class GovernorSettings(Document):
 
 
 class Directive(Document):
-    """PUT /v1/directive. Pods refuse a lower fence (409), an unknown or misordered point (422), a wrong service (403)."""
+    """PUT /v1/directive. Pods refuse a lower fence (409), an unknown point (422), a wrong service (403)."""
 
     version: Literal["control.v1"] = CONTROL_VERSION
     service: ServiceReference

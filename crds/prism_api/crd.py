@@ -1,12 +1,11 @@
 """CRDs from the typed resources: pydantic's JSON schema turned into Kubernetes' structural schema.
 
-    python -m prism_api.crd crds helm/prism/files/crds     # writes the same files into every folder named
-    python -m prism_api.crd --check crds ...               # exits 1 if a file differs
+python -m prism_api.crd crds helm/prism/files/crds     # writes the same files into every folder named
+python -m prism_api.crd --check crds ...               # exits 1 if a file differs
 """
 
 import argparse
 import sys
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +18,44 @@ from prism_api.service import PrismServiceSpec, PrismServiceStatus
 
 NAME_RULE = {
     "rule": "size(self.metadata.name) <= 40 && !self.metadata.name.contains('.')",
-    "message": "metadata.name must have at most 40 characters and no dot; names of pods and certificates derive from it",
+    "message": "metadata.name must have at most 40 characters and no dot; pods and certificates derive names from it",
+    "fieldPath": ".metadata.name",
 }
 CRD_VERSION_ANNOTATION = "moeprism.io/crd-version"
 CRD_REVISION = "1"
 """Raised with every change of a schema; the operator refuses to start on an older one."""
 
 
-def structural(model: type[Document]) -> dict[str, Any]:
-    """Structural schema of a document: references inlined, optional unions unwrapped, enums and defaults plain."""
+Schema = dict[str, Any]
+
+
+def structural(model: type[Document]) -> Schema:
+    """Structural schema of a document: references inlined, `X | None` unwrapped, titles and null defaults dropped."""
     schema = model.model_json_schema(by_alias=True, mode="validation")
-    definitions = schema.pop("$defs", {})
-    result: dict[str, Any] = _structure(schema, definitions)
-    return result
+    return _structural(schema, schema.pop("$defs", {}))
 
 
-def _structure(node: Any, definitions: dict[str, Any]) -> Any:
-    if isinstance(node, list):
-        return [_structure(item, definitions) for item in node]
-    if not isinstance(node, dict):
-        return node
-    node = dict(node)
+def _structural(node: Schema, definitions: Schema) -> Schema:
+    """What stands beside a `$ref` or `anyOf` (a field's own description or default) wins over what it refers to."""
+    node = {key: value for key, value in node.items() if key != "title"}
     if "$ref" in node:
-        target = deepcopy(definitions[node.pop("$ref").rsplit("/", 1)[1]])
-        node = {**target, **node}
-    if "allOf" in node and len(node["allOf"]) == 1:
-        node = {**node, **_structure(node.pop("allOf")[0], definitions)}
+        target = definitions[node.pop("$ref").rsplit("/", 1)[1]]
+        return _structural({**target, **node}, definitions)
     if "anyOf" in node:
-        (member,) = [m for m in node.pop("anyOf") if m.get("type") != "null"]
-        node = _merge(_structure(member, definitions), node)
-    node.pop("title", None)
+        (member,) = [option for option in node.pop("anyOf") if option.get("type") != "null"]
+        return _structural({**member, **node}, definitions)
     if node.get("default", ...) is None:
-        node.pop("default")
+        del node["default"]
     if "const" in node:
         node["enum"] = [node.pop("const")]
-    if "properties" in node:
-        node["properties"] = {name: _structure(child, definitions) for name, child in node["properties"].items()}
+    if isinstance(node.get("additionalProperties"), bool):
+        del node["additionalProperties"]
     for key in ("items", "additionalProperties"):
-        if isinstance(node.get(key), dict):
-            node[key] = _structure(node[key], definitions)
-    node.pop("additionalProperties", None) if node.get("additionalProperties") in (True, False) else None
+        if key in node:
+            node[key] = _structural(node[key], definitions)
+    if "properties" in node:
+        node["properties"] = {name: _structural(child, definitions) for name, child in node["properties"].items()}
     return node
-
-
-def _merge(member: dict[str, Any], outer: dict[str, Any]) -> dict[str, Any]:
-    """The outer node's description wins over the member's own."""
-    return {**member, **{key: value for key, value in outer.items() if key != "title"}}
 
 
 def custom_resource_definition(
@@ -75,7 +66,7 @@ def custom_resource_definition(
     status: type[Document],
     columns: list[dict[str, Any]],
     **subresources: Any,
-) -> dict[str, Any]:
+) -> Schema:
     """One CRD with a status subresource, printer columns and the shared naming rule."""
     version: dict[str, Any] = {
         "name": VERSION,
@@ -92,7 +83,7 @@ def custom_resource_definition(
                 "properties": {
                     "apiVersion": {"type": "string", "description": f"`{GROUP}/{VERSION}`."},
                     "kind": {"type": "string", "description": f"`{kind}`."},
-                    "metadata": {"type": "object"},
+                    "metadata": {"type": "object", "properties": {"name": {"type": "string"}}},
                     "spec": structural(spec),
                     "status": structural(status),
                 },
@@ -128,7 +119,7 @@ def _condition(kind: str) -> str:
     return f'.status.conditions[?(@.type=="{kind}")].status'
 
 
-def all_definitions() -> dict[str, dict[str, Any]]:
+def all_definitions() -> dict[str, Schema]:
     """File name -> CRD."""
     service = custom_resource_definition(
         "PrismService",
@@ -172,6 +163,18 @@ def all_definitions() -> dict[str, dict[str, Any]]:
     return {"moeprism.io_prismservices.yaml": service, "moeprism.io_prismmodels.yaml": model}
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes a schema that stands in several places in full each time: kubectl users read these files."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def render(definition: Schema) -> str:
+    """Text of a CRD file."""
+    return "# Generated by `make generate`.\n" + yaml.dump(definition, Dumper=_Dumper, sort_keys=False, width=120)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m prism_api.crd", description="Write or check the CRD files.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
@@ -180,7 +183,7 @@ def main() -> int:
     stale = []
     for folder in arguments.folders:
         for name, definition in all_definitions().items():
-            text = "# Generated by `make generate`.\n" + yaml.safe_dump(definition, sort_keys=False, width=120)
+            text = render(definition)
             path = folder / name
             if path.exists() and path.read_text() == text:
                 continue

@@ -1,4 +1,4 @@
-"""Settings after defaults: fields that a policy may also set have no schema default and get their built-in value here."""
+"""Settings after defaults: a field that a policy may also set has no schema default; its built-in value is here."""
 
 from dataclasses import dataclass
 from decimal import Decimal

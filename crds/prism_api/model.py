@@ -4,10 +4,9 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from prism_api.base import Digest, Document, named_list
+from prism_api.base import IMMUTABLE, Digest, Document, Generation, ReplicaCount, named_list, rules
 from prism_api.conditions import Condition
 from prism_api.points import Ladder, OperatingPoint
-from prism_api.service import IMMUTABLE, rules
 
 
 class ImageSource(Document):
@@ -84,6 +83,10 @@ class PrismModelSpec(Document):
 
 
 class PrismModelStatus(Document):
-    observed_generation: int | None = Field(None, description="Generation of the spec that this status describes.")
-    services_using: int | None = Field(None, description="PrismServices that refer to this model.")
+    """What the operator found out about the model."""
+
+    observed_generation: Generation | None = Field(
+        None, description="Generation of the spec that this status describes."
+    )
+    services_using: ReplicaCount | None = Field(None, description="PrismServices that refer to this model.")
     conditions: list[Condition] | None = named_list("Conditions.", key="type", default=None, max_length=16)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
+from itertools import pairwise
 from typing import Annotated
 
 from pydantic import Field
@@ -39,7 +40,7 @@ class Ladder:
             raise ValueError(f"operatingPoints must have distinct names and budgets; found {names}")
         if not ordered or ordered[-1].name != FULL or ordered[-1].budget_permille != 1000:
             raise ValueError(f"operatingPoints must contain '{FULL}' with budgetPermille 1000; found {names}")
-        for lower, upper in zip(ordered, ordered[1:], strict=False):
+        for lower, upper in pairwise(ordered):
             if lower.relative_quality_low > upper.relative_quality_low:
                 raise ValueError(
                     f"relativeQualityLow must not fall as budgetPermille rises; '{lower.name}' has "

@@ -1,33 +1,39 @@
 """PrismService: objectives, quality floor, cost cap and bounds of one elastic service. Source of its CRD."""
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from prism_api.base import Document, Money, Name, Ratio, block, named_list
+from prism_api.base import (
+    IMMUTABLE,
+    Document,
+    Generation,
+    Money,
+    Name,
+    Ratio,
+    ReplicaCount,
+    Timestamp,
+    block,
+    named_list,
+    rules,
+)
 from prism_api.conditions import Condition
+from prism_api.pool import Pool
 
-
-def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
-    """CEL rules of a schema node: (expression, message that names the field and the remedy)."""
-    return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in pairs]}
-
-
-IMMUTABLE = "self == oldSelf"
-Permille = Annotated[int, Field(ge=1, le=1000)]
 PointName = Name
 
 
-class NameReference(Document):
-    name: Annotated[str, Field(min_length=1, max_length=63)] = Field(description="Name of an object of this namespace.")
+class ModelReference(Document):
+    """A PrismModel of the same namespace."""
 
-
-class ModelReference(NameReference):
     model_config = ConfigDict(
         json_schema_extra=rules(
             (IMMUTABLE, "modelRef is immutable; create a new PrismService for a new model revision")
         )
+    )
+    name: Annotated[str, Field(min_length=1, max_length=40)] = Field(
+        description="Name of a PrismModel of this namespace."
     )
 
 
@@ -123,7 +129,9 @@ class Budget(Document):
         json_schema_extra=rules(
             (
                 "(self.control == 'Fixed') == has(self.operatingPoint)",
-                "operatingPoint must be set if and only if budget.control is 'Fixed'",
+                "operatingPoint must be set when budget.control is 'Fixed', and must not be set otherwise "
+                "(budget.min and budget.max bound the points there)",
+                ".operatingPoint",
             )
         )
     )
@@ -168,14 +176,28 @@ class Behavior(Document):
     scale_down: Stabilization = block(Stabilization, "Scaling down.")
 
 
+Headroom = Annotated[
+    Money,
+    Field(
+        json_schema_extra=rules(
+            (
+                "quantity(self).compareTo(quantity('2')) <= 0",
+                "headroom must be less than or equal to 2, for example '0.10'",
+            )
+        )
+    ),
+]
+
+
 class Scaling(Document):
     """The slow knob: who owns the replica count, and its bounds."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
             (
-                "has(self.maxReplicas) ? self.minReplicas <= self.maxReplicas : self.control != 'Managed'",
-                "maxReplicas must be set when scaling.control is 'Managed', and minReplicas must not exceed it",
+                "!has(self.maxReplicas) || self.minReplicas <= self.maxReplicas",
+                "minReplicas must be less than or equal to maxReplicas; raise maxReplicas or lower minReplicas",
+                ".minReplicas",
             )
         )
     )
@@ -192,71 +214,16 @@ class Scaling(Document):
     max_step: Annotated[int, Field(ge=1, le=64)] | None = Field(
         None, description="Most replicas that one decision adds or removes; 4 if not set."
     )
-    headroom: Money | None = Field(
+    headroom: Headroom | None = Field(
         None, description="Share of capacity kept above the planned demand, a decimal up to 2; `0.10` if not set."
     )
     behavior: Behavior = block(Behavior, "Stabilization windows.")
 
 
 class Cost(Document):
-    max_per_hour: Money | None = Field(None, description="Hard cap on replicas x pricePerHour, in the fleet's currency.")
-
-
-class AcceleratorResource(Document):
-    name: Annotated[str, Field(min_length=1, max_length=253)] = Field(
-        description="Extended resource, for example nvidia.com/gpu."
+    max_per_hour: Money | None = Field(
+        None, description="Hard cap on replicas x pricePerHour, in the fleet's currency."
     )
-    count: Annotated[int, Field(ge=1, le=64)] = Field(1, description="How many of it one replica takes.")
-
-
-class Accelerator(Document):
-    name: Name = Field(description="Key of profiles and prices, for example h100; `cpu` without a resource.")
-    resource: AcceleratorResource | None = Field(None, description="Extended resource that a replica requests.")
-
-
-class Toleration(Document):
-    key: Annotated[str, Field(max_length=316)] | None = Field(None, description="Taint key; empty matches all keys.")
-    operator: Literal["Exists", "Equal"] | None = Field(None, description="`Exists` or `Equal`.")
-    value: Annotated[str, Field(max_length=63)] | None = Field(None, description="Taint value.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="Taint effect.")
-
-
-class EnvironmentVariable(Document):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)] = Field(
-        description="Name of the variable."
-    )
-    value: Annotated[str, Field(max_length=1024)] = Field(description="Its value; references are not supported.")
-
-
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=16)]
-
-
-class PodResources(Document):
-    cpu: Quantity = Field("1", description="CPU request.")
-    memory: Quantity = Field("2Gi", description="Memory request and limit.")
-
-
-class PodOptions(Document):
-    """The closed list of what a user may change in the pods."""
-
-    node_selector: dict[str, Annotated[str, Field(max_length=63)]] = Field(
-        default_factory=dict, max_length=16, description="Labels of the nodes that may run the pods."
-    )
-    tolerations: list[Toleration] = Field(default_factory=list, max_length=16, description="Tolerated taints.")
-    priority_class_name: Annotated[str, Field(max_length=253)] | None = Field(None, description="PriorityClass.")
-    resources: PodResources = block(PodResources, "CPU and memory of one replica.")
-    env: list[EnvironmentVariable] = named_list(
-        "Environment variables, by value only.", default_factory=list, max_length=32
-    )
-
-
-class Pool(Document):
-    """Pods of one kind."""
-
-    name: Name = Field(description="Name of the pool.")
-    accelerator: Accelerator = Field(description="What a replica runs on.")
-    price_per_hour: Money | None = Field(None, description="Price of one replica an hour; a cost cap needs it.")
-    pod: PodOptions = block(PodOptions, "What may be changed in the pods.")
 
 
 class Engine(Document):
@@ -284,10 +251,12 @@ class Rollout(Document):
             (
                 "self.maxSurge + self.maxUnavailable > 0",
                 "rollout.maxSurge and rollout.maxUnavailable must not both be 0; set maxUnavailable to 1",
+                ".maxUnavailable",
             ),
             (
                 "self.terminationGracePeriodSeconds >= self.drainSeconds + 15",
                 "rollout.terminationGracePeriodSeconds must be at least drainSeconds + 15",
+                ".terminationGracePeriodSeconds",
             ),
         )
     )
@@ -327,14 +296,21 @@ class PrismServiceSpec(Document):
     model_config = ConfigDict(
         json_schema_extra=rules(
             (
+                "self.scaling.control != 'Managed' || has(self.scaling.maxReplicas)",
+                "scaling.maxReplicas must be set when scaling.control is 'Managed'",
+                ".scaling.maxReplicas",
+            ),
+            (
                 "(self.scaling.control == 'Managed') != has(self.replicas)",
                 "replicas must be set when scaling.control is 'External' or 'Fixed', and must not be set when it is "
                 "'Managed' (set scaling.minReplicas and scaling.maxReplicas there)",
+                ".replicas",
             ),
             (
                 "has(self.defaultClass) ? self.classes.exists(c, c.name == self.defaultClass) "
                 ": size(self.classes) == 1",
                 "defaultClass must name one of `classes`, and is required with two or more classes",
+                ".defaultClass",
             ),
         )
     )
@@ -368,21 +344,27 @@ class PrismServiceSpec(Document):
 
 
 class BudgetStatus(Document):
-    epoch: int = Field(description="Epoch of the last directive.")
-    sequence: int = Field(description="Sequence of the last directive.")
-    acked_replicas: int = Field(description="Ready pods that acknowledged the last directive.")
-    stale_replicas: int = Field(description="Ready pods without a fresh report.")
-    mean_budget_permille: int = Field(description="Mean activation budget over ready pods and classes.")
-    last_switch_time: str | None = Field(None, description="When an operating point last changed, RFC 3339.")
+    epoch: Generation = Field(description="Epoch of the last directive.")
+    sequence: Generation = Field(description="Sequence of the last directive.")
+    acked_replicas: ReplicaCount = Field(description="Ready pods that acknowledged the last directive.")
+    stale_replicas: ReplicaCount = Field(description="Ready pods without a fresh report.")
+    mean_budget_permille: Annotated[int, Field(ge=0, le=1000)] = Field(
+        description="Mean activation budget over ready pods and classes."
+    )
+    last_switch_time: Timestamp | None = Field(None, description="When an operating point last changed, RFC 3339.")
 
 
 class ClassStatus(Document):
+    """What one service class gets now."""
+
     name: Name = Field(description="Name of the class.")
     point: Name = Field(description="Operating point last sent.")
-    effective_pods: int = Field(description="Pods that run this class at `point`.")
+    effective_pods: ReplicaCount = Field(description="Pods that run this class at `point`.")
     attainment: Ratio | None = Field(None, description="Share of requests met in the window; absent without traffic.")
-    ttft_milliseconds: int | None = Field(None, description="Time to first token at the attainment target's quantile.")
-    tpot_milliseconds: int | None = Field(
+    ttft_milliseconds: Annotated[int, Field(ge=0, le=86_400_000)] | None = Field(
+        None, description="Time to first token at the attainment target's quantile."
+    )
+    tpot_milliseconds: Annotated[int, Field(ge=0, le=86_400_000)] | None = Field(
         None, description="Time per output token at the attainment target's quantile."
     )
     relative_quality: Ratio | None = Field(None, description="Token-weighted relative quality in the window.")
@@ -394,12 +376,14 @@ class CostStatus(Document):
 
 
 class RecommendedPoint(Document):
+    """The planned operating point of one class."""
+
     class_name: Name = Field(alias="class", description="Name of the class.")
     point: Name = Field(description="Operating point that the plan wants.")
 
 
 class Recommendation(Document):
-    replicas: int = Field(description="Replicas that the plan wants.")
+    replicas: ReplicaCount = Field(description="Replicas that the plan wants.")
     points: list[RecommendedPoint] = Field(max_length=8, description="Operating point per class.")
     reason: Annotated[str, Field(max_length=64)] = Field(description="Why; one of the documented reasons.")
 
@@ -407,7 +391,7 @@ class Recommendation(Document):
 class Decision(Document):
     """One move of a knob. Newest first in status, at most five."""
 
-    time: str = Field(description="When, RFC 3339.")
+    time: Timestamp = Field(description="When, RFC 3339.")
     kind: Literal["Budget", "Replicas"] = Field(description="Which knob.")
     class_name: Name | None = Field(None, alias="class", description="Class, for a Budget decision.")
     from_: Annotated[str, Field(max_length=32)] = Field(alias="from", description="Value before.")
@@ -419,11 +403,13 @@ class Decision(Document):
 class PrismServiceStatus(Document):
     """What the operator saw and did. Small and slow: written on change, at most once every five seconds."""
 
-    observed_generation: int | None = Field(None, description="Generation of the spec that this status describes.")
-    replicas: int | None = Field(None, description="Pods of the Deployment; the /scale subresource reads it.")
-    ready_replicas: int | None = Field(None, description="Pods that are Ready.")
-    starting_replicas: int | None = Field(None, description="Pods that are ordered and not yet Ready.")
-    desired_replicas: int | None = Field(None, description="Pods that the operator wants.")
+    observed_generation: Generation | None = Field(
+        None, description="Generation of the spec that this status describes."
+    )
+    replicas: ReplicaCount | None = Field(None, description="Pods of the Deployment; the /scale subresource reads it.")
+    ready_replicas: ReplicaCount | None = Field(None, description="Pods that are Ready.")
+    starting_replicas: ReplicaCount | None = Field(None, description="Pods that are ordered and not yet Ready.")
+    desired_replicas: ReplicaCount | None = Field(None, description="Pods that the operator wants.")
     selector: Annotated[str, Field(max_length=256)] | None = Field(None, description="Label selector of the pods.")
     budget: BudgetStatus | None = Field(None, description="The last directive and who follows it.")
     classes: list[ClassStatus] | None = named_list("State by class.", default=None, max_length=8)
