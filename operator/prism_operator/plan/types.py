@@ -150,11 +150,17 @@ class LoopSettings:
     """A step up must be predicted to stay this far below `high`."""
     rate_margin: float = 0.05
     """Share of offered load that ready capacity must have to spare in the fast loop."""
+    restore_rate_margin: float = 0.15
+    """The same for a step up: so much more that a load which varies by 10 % does not flap between two points."""
     missed_polls: int = 3
     pod_ready_s: float = 120.0
     """Assumed creation-to-Ready time until one was measured."""
     stuck_factor: float = 2.0
     """A pod that starts for longer than this many pod-ready times gets no credit and is reported."""
+    down_period_s: float = 120.0
+    """Least time between two scale-downs, of one pod each."""
+    target_saturation: float = 0.55
+    """What the slow loop aims at while there is no profile (the law of llm-d's KEDA guide)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +273,7 @@ class BudgetPlan:
     reason: Reason
     message: str
     classes: tuple[ClassTarget, ...]
+    """Empty before anything is known about the pods: then nothing is to be sent."""
     bridging: bool = False
     """Replicas are ordered and not ready."""
     fits: bool | None = None
@@ -325,8 +332,11 @@ class ReplicaPlan:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
+    """What one slow tick asked for: to scale up by, and (never less) to scale down to."""
+
     at_s: float
-    replicas: int
+    up: int
+    down: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +346,7 @@ class ReplicaState:
     since_s: float | None = None
     """First decision of this process: no scale-down until the down window is full of its own recommendations."""
     recommendations: tuple[Recommendation, ...] = ()
-    ordered_s: float | None = None
-    """When the last order was given."""
     ordered_for: int | None = None
-    """Recommendation that the last order answered: only a higher one may add to it while pods start."""
+    """Recommendation that the last scale-up answered: only a higher one may add to it while pods start."""
+    lowered_s: float | None = None
+    """When the last scale-down was ordered."""

@@ -1,0 +1,414 @@
+"""The fast decision: operating point, envelope and admission of every class, once a second.
+
+Down, all steps at once:
+    if offered load does not fit ready capacity at the current points, take the highest points at which it does;
+    if latency says saturated (above `high`) although it fits, take one step.
+Up, one step after a dwell:
+    if saturation is below `low`, is predicted to stay below `high` at the point above, and load would fit there with a
+    margin, all of it without a break for the dwell.
+
+Classes sink lowest priority first, each to its floor before the next one moves, and rise in reverse. Floors are
+absolute. When every class is at its floor and load still does not fit, classes that allow it are shed, lowest first.
+
+Worked example: two pods hold 3/s each at `full`, 4.8/s each at `b500`. Load steps from 4/s to 7/s: 7 * 1.05 > 6, so the
+batch class sinks, then the interactive one, until 7.35 fits: seconds, not the minutes of a third pod. The slow loop
+orders it; when it is ready, 7 * 1.15 < 9 holds, and after the dwell the classes rise step by step.
+
+Only ready pods count, so a scale-up is bridged, a lost pod is covered and a rollout is carried by the same rule; they
+differ in the reason given.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from prism_api import FULL
+from prism_api.control import Admission
+from prism_api.service import BudgetControl
+from prism_operator.plan.pressure import Pressure, measure
+from prism_operator.plan.types import (
+    BudgetPlan,
+    BudgetState,
+    ClassBudgetState,
+    ClassPolicy,
+    ClassTarget,
+    DemandState,
+    Observation,
+    Reason,
+    ServicePolicy,
+    Status,
+)
+
+Points = dict[str, str]
+
+_WEIGHT = (Reason.BURST_BRIDGE, Reason.POD_LOST, Reason.ROLLOUT, Reason.BROWNOUT, Reason.AT_FLOOR, Reason.RESTORE)
+"""Which class's reason stands for the service's when they differ: what degrades comes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What was decided for one class before it is put into words."""
+
+    point: str
+    status: Status
+    reason: Reason
+    message: str
+
+
+def decide(
+    observation: Observation, demand: DemandState, policy: ServicePolicy, state: BudgetState
+) -> tuple[BudgetPlan, BudgetState]:
+    """Decide one tick. The plan never leaves [floor, max] of a class and always says why.
+
+    After a start `state` is empty: the first plan repeats the points that pods report, and nothing is sent before one
+    of them reported.
+    """
+    state = _remember_pods(observation, state)
+    if missing := [p for p in policy.classes if p.name not in state.classes]:
+        return _adopt(observation, policy, state, missing)
+    state = _inside_bounds(policy, state)
+    if (fixed := _unsteered(observation, policy, state)) is not None:
+        return fixed
+    pressure = measure(observation, demand, policy, state)
+    return _steer(observation, policy, state, pressure)
+
+
+def _remember_pods(observation: Observation, state: BudgetState) -> BudgetState:
+    """Notice ready pods that stopped being ready without having been told to stop."""
+    stopping = {pod.uid for pod in observation.pods if pod.deleting}
+    ready = tuple(pod.uid for pod in observation.ready)
+    lost = set(state.known_pods) - set(ready) - stopping
+    whole = observation.ordered_replicas is not None and len(ready) >= observation.ordered_replicas
+    lost_s = observation.now_s if lost else None if whole else state.lost_s
+    # A pod seen deleting is forgotten, so that its disappearance later is not taken for a loss.
+    return replace(state, known_pods=ready, lost_s=lost_s)
+
+
+def _adopt(
+    observation: Observation, policy: ServicePolicy, state: BudgetState, missing: list[ClassPolicy]
+) -> tuple[BudgetPlan, BudgetState]:
+    """Take over the points that pods run at; a class that no pod knows starts at the top."""
+    reporting = [pod for pod in observation.fresh if pod.points]
+    if not reporting:
+        text = f"{len(observation.ready)} ready pods, none has reported yet; nothing is sent until one does"
+        return BudgetPlan(Status.HOLD, Reason.SIGNALS_STALE, text, ()), state
+    classes = dict(state.classes)
+    for class_policy in missing:
+        held = Counter(
+            pod.points[class_policy.name] for pod in reporting if pod.points.get(class_policy.name) in policy.ladder
+        )
+        # Of equally common points the higher one: quality is given up by decision, not by a tie.
+        common = max(held, key=lambda point: (held[point], policy.ladder.index(point)), default=policy.max_point)
+        point = policy.ladder.clamp(common, class_policy.floor, policy.max_point)
+        cause = Reason.STEADY if point == policy.max_point else Reason.BROWNOUT
+        classes[class_policy.name] = ClassBudgetState(point, observation.now_s, cause=cause)
+    state = replace(state, classes=classes)
+    text = f"repeats what {len(reporting)} pods run at"
+    verdicts = {p.name: _Verdict(classes[p.name].point, Status.HOLD, Reason.ADOPTED, text) for p in policy.classes}
+    return _plan(observation, policy, state, verdicts), state
+
+
+def _inside_bounds(policy: ServicePolicy, state: BudgetState) -> BudgetState:
+    """Forget removed classes; move points into bounds that a new spec may have changed."""
+    classes = {}
+    for class_policy in policy.classes:
+        remembered = state.classes[class_policy.name]
+        known = remembered.point if remembered.point in policy.ladder else policy.max_point
+        point = policy.ladder.clamp(known, class_policy.floor, policy.max_point)
+        classes[class_policy.name] = replace(remembered, point=point)
+    return replace(state, classes=classes)
+
+
+def _unsteered(
+    observation: Observation, policy: ServicePolicy, state: BudgetState
+) -> tuple[BudgetPlan, BudgetState] | None:
+    """Plans that look at no load: paused, off, fixed, blind. None if the budget is to be steered."""
+    points = {name: remembered.point for name, remembered in state.classes.items()}
+    ready, fresh = len(observation.ready), len(observation.fresh)
+    status = Status.HOLD
+    if policy.paused:
+        reason, text = Reason.PAUSED, "mode is Paused; points are held"
+    elif policy.budget is BudgetControl.OFF:
+        points = dict.fromkeys(points, FULL)
+        reason, text = Reason.AT_FULL, "budget.control is Off; every class runs at 'full'"
+    elif policy.budget is BudgetControl.FIXED:
+        assert policy.fixed_point is not None, "Fixed without a point is refused by the CRD"
+        points = {p.name: policy.ladder.clamp(policy.fixed_point, p.floor, policy.max_point) for p in policy.classes}
+        reason, text = Reason.PINNED, f"budget.control is Fixed at '{policy.fixed_point}', raised to floors"
+    elif ready == 0:
+        status, reason, text = Status.BLOCKED, Reason.SIGNALS_STALE, "no ready pod; nothing to steer"
+    elif fresh < ready / 2:
+        status, reason = Status.BLOCKED, Reason.SIGNALS_STALE
+        text = f"only {fresh} of {ready} ready pods reported freshly; points are held and envelopes renewed"
+    else:
+        return None
+    state = _moved(state, points, observation.now_s, Reason.STEADY)
+    verdicts = {name: _Verdict(point, status, reason, text) for name, point in points.items()}
+    return _plan(observation, policy, state, verdicts, pinned=reason is not Reason.SIGNALS_STALE), state
+
+
+def _steer(
+    observation: Observation, policy: ServicePolicy, state: BudgetState, pressure: Pressure
+) -> tuple[BudgetPlan, BudgetState]:
+    before = {name: remembered.point for name, remembered in state.classes.items()}
+    cause = _cause(observation, policy, state, pressure, before)
+    why_down = _why_down(policy, pressure, before)
+    moved_s = max(remembered.moved_s for remembered in state.classes.values())
+    dwelt = observation.now_s - moved_s >= policy.effective.dwell_down_ms / 1000
+    bridgeable = policy.effective.bridge_scale_up or pressure.ordered <= pressure.ready
+    if why_down is not None and dwelt and bridgeable:
+        after = _lowered(policy, pressure, before)
+        verdicts = _down_verdicts(policy, pressure, before, after, cause, why_down)
+        state = _moved(_restart_dwell(state), after, observation.now_s, cause)
+    else:
+        after, verdicts, state = _raised(observation, policy, state, pressure, before, cause, why_down)
+    state = _admission(policy, state, pressure, after)
+    return _plan(observation, policy, state, verdicts, pressure), state
+
+
+def _cause(
+    observation: Observation, policy: ServicePolicy, state: BudgetState, pressure: Pressure, points: Points
+) -> Reason:
+    """What a shortage is called: the absence of pods that are expected, if these would end it, else too much load."""
+    if pressure.ordered > pressure.ready:
+        if state.lost_s is not None:
+            return Reason.POD_LOST
+        if observation.rollout:
+            return Reason.ROLLOUT
+        top = dict.fromkeys(points, policy.max_point)
+        if pressure.fits(top, policy.loop.rate_margin, ordered=True) is not False:
+            return Reason.BURST_BRIDGE
+    return Reason.BROWNOUT
+
+
+def _why_down(policy: ServicePolicy, pressure: Pressure, points: Points) -> str | None:
+    """The sentence that demands a lower budget, or None."""
+    loop = policy.loop
+    fits = pressure.fits(points, loop.rate_margin)
+    if fits is False:
+        return f"offered {_offered(pressure)} exceeds {pressure.ready} ready pods at {_listed(points)}"
+    if fits is None and pressure.backlog > pressure.ready:
+        return f"{pressure.backlog} requests wait on {pressure.ready} ready pods, and capacity is not known"
+    hot = {name: s for name, s in pressure.saturation.items() if s is not None and s > loop.high}
+    if hot:
+        name = max(hot, key=lambda key: hot[key])
+        return f"saturation of '{name}' {hot[name]:.2f} > {loop.high:.2f}"
+    return None
+
+
+def _by_priority(policy: ServicePolicy) -> list[ClassPolicy]:
+    """Lowest first; of equal ones the one named last in the spec."""
+    return [p for _, p in sorted(enumerate(policy.classes), key=lambda item: (item[1].priority, -item[0]))]
+
+
+def _steps_down(policy: ServicePolicy, pressure: Pressure, points: Points) -> list[Points]:
+    """Every combination on the way down, one step each; classes without load stay, for it would buy nothing."""
+    path, current = [], dict(points)
+    for class_policy in _by_priority(policy):
+        if pressure.rates[class_policy.name] == 0.0 and pressure.saturation[class_policy.name] is None:
+            continue
+        floor = policy.ladder.index(class_policy.floor)
+        for position in range(policy.ladder.index(current[class_policy.name]) - 1, floor - 1, -1):
+            current = {**current, class_policy.name: policy.ladder.points[position].name}
+            path.append(current)
+    return path
+
+
+def _lowered(policy: ServicePolicy, pressure: Pressure, points: Points) -> Points:
+    path = _steps_down(policy, pressure, points)
+    if not path:
+        return points
+    if pressure.fits(points, policy.loop.rate_margin) is not False:
+        return path[0]
+    return next((step for step in path if pressure.fits(step, policy.loop.rate_margin)), path[-1])
+
+
+def _down_verdicts(
+    policy: ServicePolicy, pressure: Pressure, before: Points, after: Points, cause: Reason, why: str
+) -> dict[str, _Verdict]:
+    verdicts = {}
+    for class_policy in policy.classes:
+        name, point = class_policy.name, after[class_policy.name]
+        if point != before[name]:
+            upper = policy.ladder.points[policy.ladder.index(point) + 1].name
+            text = f"{why}; rejected '{upper}': {_why_not(pressure, {**after, name: upper}, policy)}"
+            verdicts[name] = _Verdict(point, Status.PROGRESS, cause, text)
+        elif point == class_policy.floor and after == before:
+            verdicts[name] = _Verdict(point, Status.BLOCKED, Reason.AT_FLOOR, f"{why}; '{point}' is the floor")
+        elif point == class_policy.floor:
+            verdicts[name] = _Verdict(point, Status.HOLD, Reason.AT_FLOOR, f"{why}; '{point}' is the floor")
+        else:
+            text = f"{why}; classes of lower priority or with load sink first"
+            verdicts[name] = _Verdict(point, Status.HOLD, _resting(policy, point), text)
+    return verdicts
+
+
+def _raised(
+    observation: Observation,
+    policy: ServicePolicy,
+    state: BudgetState,
+    pressure: Pressure,
+    before: Points,
+    cause: Reason,
+    why_down: str | None,
+) -> tuple[Points, dict[str, _Verdict], BudgetState]:
+    """Hold, or take the one step up that is due: the highest-priority class below its top."""
+    verdicts: dict[str, _Verdict] = {}
+    classes = dict(state.classes)
+    candidate = next((p for p in reversed(_by_priority(policy)) if before[p.name] != policy.max_point), None)
+    for class_policy in policy.classes:
+        name, remembered = class_policy.name, classes[class_policy.name]
+        point = before[name]
+        if point == policy.max_point:
+            classes[name] = replace(remembered, low_since_s=None, cause=Reason.STEADY)
+            text = why_down or _calm(pressure, name)
+            verdicts[name] = _Verdict(point, Status.HOLD, _resting(policy, point), text)
+            continue
+        # While pods are missing, that is why the class is low, whatever sent it down first.
+        reason = cause if cause is not Reason.BROWNOUT else remembered.cause
+        if class_policy is not candidate or why_down is not None:
+            classes[name] = replace(remembered, low_since_s=None, cause=reason)
+            text = why_down or f"{_calm(pressure, name)}; classes of higher priority rise first"
+            verdicts[name] = _Verdict(point, Status.HOLD, reason, text)
+            continue
+        upper = policy.ladder.points[policy.ladder.index(point) + 1].name
+        refused = _why_not_up(observation, policy, pressure, name, before, upper)
+        if refused is not None:
+            classes[name] = replace(remembered, low_since_s=None, cause=reason)
+            verdicts[name] = _Verdict(
+                point, Status.HOLD, reason, f"{_calm(pressure, name)}; rejected '{upper}': {refused}"
+            )
+            continue
+        since = observation.now_s if remembered.low_since_s is None else remembered.low_since_s
+        dwell_s = policy.effective.dwell_up_ms / 1000
+        calm_s = observation.now_s - since
+        if calm_s < dwell_s:
+            classes[name] = replace(remembered, low_since_s=since, cause=reason)
+            text = f"{_calm(pressure, name)}; '{upper}' in {dwell_s - calm_s:.0f} s if this lasts"
+            verdicts[name] = _Verdict(point, Status.HOLD, Reason.DWELL, text)
+            continue
+        classes[name] = ClassBudgetState(upper, observation.now_s, None, reason, remembered.shedding)
+        text = f"{_calm(pressure, name)} for {calm_s:.0f} s; '{upper}' fits"
+        verdicts[name] = _Verdict(upper, Status.PROGRESS, Reason.RESTORE, text)
+    after = {name: remembered.point for name, remembered in classes.items()}
+    return after, verdicts, replace(state, classes=classes)
+
+
+def _why_not_up(
+    observation: Observation, policy: ServicePolicy, pressure: Pressure, name: str, points: Points, upper: str
+) -> str | None:
+    """Why a class may not rise to `upper` now, or None if it may."""
+    loop = policy.loop
+    if any(rate is None for rate in pressure.rates.values()):
+        return "the load of some class is unknown"
+    saturation = pressure.saturation[name]
+    if saturation is not None and saturation >= loop.low:
+        return f"saturation {saturation:.2f} is not below {loop.low:.2f}"
+    candidate = {**points, name: upper}
+    budgets = {point.name: point.budget_permille for point in policy.ladder.points}
+    predicted = pressure.predicted(name, points, candidate, budgets)
+    if predicted is not None and predicted >= loop.high - loop.restore_margin:
+        return f"saturation would be {predicted:.2f}, not below {loop.high - loop.restore_margin:.2f}"
+    if pressure.fits(candidate, loop.restore_rate_margin) is False:
+        return f"offered {_offered(pressure)} does not fit {pressure.ready} ready pods there with a margin"
+    if any(pod.points.get(name, points[name]) != points[name] for pod in observation.fresh):
+        return f"not every pod runs at '{points[name]}' yet"
+    return None
+
+
+def _why_not(pressure: Pressure, points: Points, policy: ServicePolicy) -> str:
+    fits = pressure.fits(points, policy.loop.rate_margin)
+    return "load would not fit" if fits is False else "saturated" if fits else "capacity not known"
+
+
+def _admission(policy: ServicePolicy, state: BudgetState, pressure: Pressure, points: Points) -> BudgetState:
+    """Shed lowest priority first, only at all floors; end it with a margin, so that it does not flap."""
+    shedding = {name for name, remembered in state.classes.items() if remembered.shedding}
+    margin = policy.loop.restore_rate_margin if shedding else policy.loop.rate_margin
+    at_floors = all(points[p.name] == p.floor or pressure.rates[p.name] == 0.0 for p in policy.classes)
+    shed: set[str] = set()
+    if at_floors:
+        for class_policy in _by_priority(policy):
+            if pressure.fits(points, margin, without=frozenset(shed)) is not False:
+                break
+            if class_policy.sheds:
+                shed.add(class_policy.name)
+    classes = {name: replace(remembered, shedding=name in shed) for name, remembered in state.classes.items()}
+    return replace(state, classes=classes)
+
+
+def _moved(state: BudgetState, points: Points, now_s: float, cause: Reason) -> BudgetState:
+    classes = {
+        name: remembered
+        if remembered.point == points[name]
+        else ClassBudgetState(points[name], now_s, None, cause, remembered.shedding)
+        for name, remembered in state.classes.items()
+    }
+    return replace(state, classes=classes)
+
+
+def _restart_dwell(state: BudgetState) -> BudgetState:
+    return replace(state, classes={name: replace(c, low_since_s=None) for name, c in state.classes.items()})
+
+
+def _plan(
+    observation: Observation,
+    policy: ServicePolicy,
+    state: BudgetState,
+    verdicts: dict[str, _Verdict],
+    pressure: Pressure | None = None,
+    pinned: bool = False,
+) -> BudgetPlan:
+    """Put verdicts into a plan. Governors may sink by themselves and come back as far as the plan's point; above it
+    they would fight the operator. `pinned` leaves them no range.
+    """
+    targets = []
+    for class_policy in policy.classes:
+        name, verdict = class_policy.name, verdicts[class_policy.name]
+        targets.append(
+            ClassTarget(
+                name=name,
+                point=verdict.point,
+                floor=verdict.point if pinned else class_policy.floor,
+                ceiling=verdict.point,
+                admission=Admission.SHED if state.classes[name].shedding else Admission.ACCEPT,
+                status=verdict.status,
+                reason=verdict.reason,
+                message=verdict.message,
+                saturation=pressure.saturation[name] if pressure is not None else None,
+            )
+        )
+    lead = min(targets, key=lambda t: (t.status is not Status.PROGRESS, _rank(t.reason)))
+    points = {target.name: target.point for target in targets}
+    ordered = observation.ordered_replicas or 0
+    return BudgetPlan(
+        status=lead.status,
+        reason=lead.reason,
+        message=f"{lead.name}: {lead.message}",
+        classes=tuple(targets),
+        bridging=ordered > len(observation.ready),
+        fits=pressure.fits(points, policy.loop.rate_margin) if pressure is not None else None,
+    )
+
+
+def _rank(reason: Reason) -> int:
+    return _WEIGHT.index(reason) if reason in _WEIGHT else len(_WEIGHT)
+
+
+def _resting(policy: ServicePolicy, point: str) -> Reason:
+    return Reason.AT_FULL if point == FULL else Reason.STEADY if point == policy.max_point else Reason.BROWNOUT
+
+
+def _offered(pressure: Pressure) -> str:
+    rate = sum(rate for rate in pressure.rates.values() if rate is not None)
+    return f"{rate:.2f}/s" + (f" and {pressure.backlog} waiting" if pressure.backlog else "")
+
+
+def _listed(points: Points) -> str:
+    names = sorted(set(points.values()))
+    return names[0] if len(names) == 1 else ", ".join(f"{name}={point}" for name, point in sorted(points.items()))
+
+
+def _calm(pressure: Pressure, name: str) -> str:
+    saturation = pressure.saturation[name]
+    measured = "no latency samples" if saturation is None else f"saturation {saturation:.2f}"
+    return f"{measured}, offered {_offered(pressure)} on {pressure.ready} ready pods"

@@ -1,0 +1,181 @@
+"""Offered load per class: rates over a short and a long window, mean lengths, latency quantiles.
+
+Offered, not served: shed requests count. Unknown is not zero: a class nobody spoke of has rate None, a class with fresh
+reports and no arrivals has rate 0. Counts come from some of the ready pods when others are silent; the rate is then
+scaled up by the share heard.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from prism_api.control import histogram_quantile
+from prism_operator.plan.types import ClassDelta, DemandState, LoopSettings, Observation, Sample, ServicePolicy
+
+COARSE_S = 10.0
+"""Width of the sums that keep history older than the long window."""
+WIDEST_LONG_WINDOWS = 10
+"""A sparse class's long window widens to this many long windows (60 s to 600 s)."""
+
+
+NOISE_DEVIATIONS = 1.5
+"""A Poisson count within this many standard deviations of its expectation says nothing new."""
+_TICK_TOLERANCE_S = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Arrivals a second, and what the figure rests on."""
+
+    per_s: float
+    arrivals: int
+    span_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Mean tokens of a request."""
+
+    prompt_tokens: float
+    output_tokens: float
+
+
+def update(state: DemandState, observation: Observation, policy: ServicePolicy) -> DemandState:
+    """Add one tick. Equal or earlier `now_s` changes nothing, so that a repeated observation is not counted twice.
+
+    The first observation only opens the interval: what counters grew by before it has no duration.
+    """
+    now_s = observation.now_s
+    if state.last_s is None:
+        return DemandState(since_s=now_s, last_s=now_s, samples={})
+    if now_s <= state.last_s:
+        return state
+    ready = len(observation.ready)
+    heard = len(observation.fresh) / ready if ready else 1.0
+    samples = {}
+    for class_policy in policy.classes:
+        name = class_policy.name
+        history = state.samples.get(name, ())
+        delta = observation.classes.get(name)
+        if delta is not None:
+            # Counters are cumulative: after a silence the difference covers all of it.
+            start_s = history[-1].end_s if history else state.last_s
+            history = (*history, Sample(start_s, now_s, heard or 1.0, delta))
+        keep_s = max(class_policy.window_s, WIDEST_LONG_WINDOWS * policy.loop.long_window_s)
+        samples[name] = _compact(history, now_s - keep_s, now_s - policy.loop.long_window_s)
+    return DemandState(since_s=state.since_s, last_s=now_s, samples=samples)
+
+
+def short_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | None:
+    """Rate of the fast loop, None while the class is unknown.
+
+    With few arrivals the long window is used instead, unless the short one departs from it by more than noise: a burst
+    after a calm minute, or silence after a burst, must not be averaged away.
+    """
+    loop = policy.loop
+    short = _rate(state, name, loop.short_window_s, loop)
+    long = _rate(state, name, loop.long_window_s, loop)
+    if short is None or long is None or short.arrivals >= loop.enough_arrivals:
+        return short
+    expected = long.per_s * short.span_s
+    within_noise = abs(short.per_s * short.span_s - expected) <= NOISE_DEVIATIONS * expected**0.5
+    return long if within_noise else short
+
+
+def long_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | None:
+    """Rate of the slow loop, None while the class is unknown; sparse classes look back over a wider window."""
+    loop = policy.loop
+    rate = _rate(state, name, loop.long_window_s, loop)
+    if rate is None or rate.arrivals == 0 or rate.arrivals >= loop.enough_arrivals:
+        return rate
+    return _rate(state, name, WIDEST_LONG_WINDOWS * loop.long_window_s, loop)
+
+
+def mean_lengths(state: DemandState, name: str) -> Lengths | None:
+    """Mean prompt and output of the requests remembered, None before one finished."""
+    total = total_of(state.samples.get(name, ()))
+    served = total.arrived - total.shed
+    if served <= 0 or total.finished <= 0:
+        return None
+    return Lengths(total.prompt_tokens / served, total.output_tokens / total.finished)
+
+
+def window(state: DemandState, name: str, seconds: float) -> ClassDelta:
+    """Sum of what was counted in the last `seconds`."""
+    since = (state.last_s or 0.0) - seconds
+    return total_of(sample for sample in state.samples.get(name, ()) if sample.end_s > since + _TICK_TOLERANCE_S)
+
+
+def latency_quantile_s(histogram: Sequence[int], quantile: float) -> float | None:
+    """Quantile of a latency histogram in seconds; None without samples."""
+    milliseconds = histogram_quantile(list(histogram), quantile) if histogram else None
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def attainment(delta: ClassDelta) -> float | None:
+    """met / (met + missed + shed); None without any."""
+    judged = delta.met + delta.missed + delta.shed
+    return delta.met / judged if judged else None
+
+
+def total_of(samples: Iterable[Sample]) -> ClassDelta:
+    total = ClassDelta()
+    for sample in samples:
+        total = add(total, sample.delta)
+    return total
+
+
+def add(left: ClassDelta, right: ClassDelta) -> ClassDelta:
+    """Sum of two deltas, field by field."""
+    points = dict(left.tokens_by_point)
+    for point, tokens in right.tokens_by_point.items():
+        points[point] = points.get(point, 0) + tokens
+    return ClassDelta(
+        arrived=left.arrived + right.arrived,
+        finished=left.finished + right.finished,
+        met=left.met + right.met,
+        missed=left.missed + right.missed,
+        shed=left.shed + right.shed,
+        cancelled=left.cancelled + right.cancelled,
+        prompt_tokens=left.prompt_tokens + right.prompt_tokens,
+        output_tokens=left.output_tokens + right.output_tokens,
+        ttft=_add_counts(left.ttft, right.ttft),
+        tpot=_add_counts(left.tpot, right.tpot),
+        tokens_by_point=points,
+    )
+
+
+def _add_counts(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    if not left or not right:
+        return left or right
+    return tuple(a + b for a, b in zip(left, right, strict=True))
+
+
+def _rate(state: DemandState, name: str, window_s: float, loop: LoopSettings) -> Rate | None:
+    history = state.samples.get(name, ())
+    if not history or state.last_s is None or state.last_s - history[-1].end_s > loop.missed_polls * loop.fast_period_s:
+        return None
+    since = state.last_s - window_s
+    inside = [sample for sample in history if sample.end_s > since + _TICK_TOLERANCE_S]
+    span_s = sum(sample.end_s - sample.start_s for sample in inside)
+    offered = sum(sample.delta.arrived / sample.heard for sample in inside)
+    return Rate(offered / span_s, sum(sample.delta.arrived for sample in inside), span_s)
+
+
+def _compact(history: tuple[Sample, ...], oldest_s: float, fine_since_s: float) -> tuple[Sample, ...]:
+    """Drop what ended before `oldest_s`; merge what ended before `fine_since_s` into sums of COARSE_S."""
+    kept: list[Sample] = []
+    for sample in history:
+        if sample.end_s <= oldest_s:
+            continue
+        last = kept[-1] if kept else None
+        if last is not None and sample.end_s <= fine_since_s and sample.end_s - last.start_s <= COARSE_S:
+            kept[-1] = _merge(last, sample)
+        else:
+            kept.append(sample)
+    return tuple(kept)
+
+
+def _merge(left: Sample, right: Sample) -> Sample:
+    left_s, right_s = left.end_s - left.start_s, right.end_s - right.start_s
+    heard = (left.heard * left_s + right.heard * right_s) / (left_s + right_s)
+    return Sample(left.start_s, right.end_s, heard, add(left.delta, right.delta))
