@@ -1,0 +1,5 @@
+"""The one error of the local cluster: what failed, and what to do about it."""
+
+
+class ClusterError(RuntimeError):
+    """Its text tells what was asked, what was found, and the command or setting that helps."""
