@@ -14,6 +14,7 @@ CLUSTER := $(BIN)/python -m tests.localcluster
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 ARGS ?=
+UV_COMPILE := $(BIN)/uv pip compile --quiet pyproject.toml --no-emit-index-url --no-header --no-annotate --python-version 3.11
 
 .PHONY: help
 help: ## Show this list
@@ -64,8 +65,10 @@ generate: install ## CRDs and API reference from the typed resources
 	$(BIN)/python -m prism_api.crd crds helm/prism/files/crds
 
 .PHONY: lock
-lock: install ## Re-resolve requirements.lock (exact versions, no host names)
-	$(BIN)/uv pip compile pyproject.toml --extra dev --no-emit-index-url --no-header --no-annotate --python-version 3.11 -o requirements.lock
+lock: install ## Re-resolve the lock files (exact versions, no host names): all extras, and one for each image
+	$(UV_COMPILE) --extra dev -o requirements.lock
+	$(UV_COMPILE) --extra operator -c requirements.lock -o operator/requirements.lock
+	$(UV_COMPILE) --extra runtime -c requirements.lock -o runtime/requirements.lock
 
 .PHONY: cluster-up
 cluster-up: install ## Local Kubernetes 1.37.2 with two nodes; prints the KUBECONFIG to export

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
 from tests.localcluster import binaries, doctor, images, paths
 from tests.localcluster.cluster import DEFAULT_NAME, DEFAULT_PORT, Cluster, leftovers, stop
 from tests.localcluster.failure import ClusterError
@@ -58,9 +59,8 @@ def _doctor(arguments: argparse.Namespace, console: Console) -> int:
         findings = doctor.check()
     table = Table("", "what", "found", "to do", box=None)
     for finding in findings:
-        table.add_row(
-            "ok" if finding.ok else "MISSING", finding.what, finding.found, "" if finding.ok else finding.cure
-        )
+        mark, cure = ("ok", "") if finding.ok else ("MISSING", finding.cure)
+        table.add_row(mark, finding.what, finding.found, cure)
     console.print(table)
     if any(f.fatal and not f.ok for f in findings):
         console.print(doctor.WAYS_ON)

@@ -1,7 +1,8 @@
 """Kubernetes and its companions, built from their Go modules into the cache folder.
 
-One module per tool, because in a shared one minimal version selection would raise a tool's own dependencies. A tool's key
-covers its go.mod, go.sum, flags and compiler; a finished build is renamed into place, so a killed one leaves nothing.
+One module per tool, because in a shared one minimal version selection would raise a tool's own dependencies. A
+tool's key covers its go.mod, go.sum, flags and compiler; a finished build is renamed into place, so a killed one
+leaves nothing.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
 from tests.localcluster import paths
 from tests.localcluster.failure import ClusterError
 

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
 from tests.localcluster import network
 
 Authority = tuple[ec.EllipticCurvePrivateKey, x509.Certificate]
@@ -109,7 +110,7 @@ def kubeconfig(folder: Path, name: str, server: str) -> str:
 
 
 def write_all(folder: Path, nodes: int, server: str, outside: str) -> None:
-    """Every key, certificate and kubeconfig of a cluster; `outside` is the server's address for the machine's terminals."""
+    """Every key, certificate and kubeconfig of a cluster; `outside` is the server as the machine's terminals see it."""
     folder.mkdir(parents=True, exist_ok=True)
     authority = issue(folder, "ca", "localcluster-ca")
     serving = (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
 from tests.localcluster import binaries, certs, cgroups, doctor, images, network, paths
 from tests.localcluster.failure import ClusterError
 from tests.localcluster.process import Process, check, child_of, isolated, within
@@ -138,7 +139,7 @@ class Cluster:
 
     # ---- places -------------------------------------------------------------------------------------------------
     def inside(self, argv: list[str], *, node: str | None = None, **options: Any) -> "subprocess.Popen[Any]":
-        """Start a command in the control plane's network, which reaches Pods, or a node's, which reaches Services too."""
+        """Start a command in the control plane's network (reaches Pods) or in a node's (reaches Services too)."""
         pid = self.node_pid(node) if node else self._processes["controlplane"].pid
         return subprocess.Popen([*within(pid), *argv], **options)
 

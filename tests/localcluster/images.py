@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+
 from tests.localcluster import binaries, paths, process
 from tests.localcluster.failure import ClusterError
 
@@ -145,7 +146,8 @@ def coredns() -> Image:
 
 def _project_image(name: str, *sources: str, rough_seconds: int) -> Image:
     root = paths.REPOSITORY
-    shared = [root / "pyproject.toml", root / "requirements.lock", root / "crds/prism_api", root / name / "Dockerfile"]
+    here = root / name
+    shared = [root / "pyproject.toml", root / "crds/prism_api", here / "requirements.lock", here / "Dockerfile"]
     tag = _hash(base().tag.encode(), *shared, *(root / source for source in sources))
     return Image(name, tag, _build_from_dockerfile, rough_seconds)
 
