@@ -87,9 +87,9 @@ def _adopt(
     observation: Observation, policy: ServicePolicy, state: BudgetState, missing: list[ClassPolicy]
 ) -> tuple[BudgetPlan, BudgetState]:
     """Take over the points that pods run at; a class that no pod knows starts at the top."""
-    reporting = [pod for pod in observation.fresh if pod.points]
+    reporting = [pod for pod in observation.pods if pod.points and not pod.stale and not pod.deleting]
     if not reporting:
-        text = f"{len(observation.ready)} ready pods, none has reported yet; nothing is sent until one does"
+        text = f"none of {len(observation.pods)} pods has reported yet; nothing is sent until one does"
         return BudgetPlan(Status.HOLD, Reason.SIGNALS_STALE, text, ()), state
     classes = dict(state.classes)
     for class_policy in missing:

@@ -51,7 +51,10 @@ class _Ask:
 def decide(
     observation: Observation, demand_state: DemandState, policy: ServicePolicy, state: ReplicaState
 ) -> tuple[ReplicaPlan, ReplicaState]:
-    """Decide one slow tick. `replicas` stays within [min, max] and the cost cap, whatever was ordered before."""
+    """Decide one slow tick. A managed count stays within [min, max] and the cost cap, whatever was ordered before.
+
+    Counts that others own are passed on as they are; a cap that they exceed is a matter of the status.
+    """
     ask = _ask(observation, demand_state, policy)
     state = _remember(observation.now_s, ask, policy, state)
     stuck = stuck_pods(observation, policy)
@@ -197,13 +200,10 @@ def _owned_elsewhere(observation: Observation, policy: ServicePolicy, ask: _Ask)
         held = policy.min_replicas if ordered is None else ordered
         return _plan(Status.HOLD, Reason.PAUSED, f"mode is Paused; would be: {ask.message}", held, ask, policy)
     assert policy.spec_replicas is not None, "External and Fixed without spec.replicas are refused by the CRD"
-    cap = policy.cap_replicas
-    wanted = policy.spec_replicas if cap is None else min(policy.spec_replicas, cap)
-    limited = Reason.COST_CAP if wanted != policy.spec_replicas else None
-    reason = limited or (Reason.EXTERNAL if policy.scaling is ScalingControl.EXTERNAL else Reason.PINNED)
-    status = Status.BLOCKED if limited else Status.HOLD if wanted == ordered else Status.PROGRESS
+    reason = Reason.EXTERNAL if policy.scaling is ScalingControl.EXTERNAL else Reason.PINNED
+    status = Status.HOLD if policy.spec_replicas == ordered else Status.PROGRESS
     text = f"spec.replicas is {policy.spec_replicas}, owned by {policy.scaling.value}; {ask.message}"
-    return replace(_plan(status, reason, text, wanted, ask, policy), limited_by=limited)
+    return _plan(status, reason, text, policy.spec_replicas, ask, policy)
 
 
 def _outside_bounds(observation: Observation, policy: ServicePolicy, ask: _Ask) -> ReplicaPlan | None:
