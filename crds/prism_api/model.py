@@ -8,21 +8,32 @@ from prism_api.base import IMMUTABLE, Digest, Document, Generation, ReplicaCount
 from prism_api.conditions import Condition
 from prism_api.points import Ladder, OperatingPoint
 
+ArtifactPath = Annotated[
+    str,
+    Field(
+        pattern=r"^/[-A-Za-z0-9._/]*$",
+        max_length=256,
+        json_schema_extra=rules(("!self.contains('..')", "path must not contain '..'; name the folder from the root")),
+    ),
+]
+
 
 class ImageSource(Document):
+    """An OCI image, for example made by `COPY artifact/ /` on an empty base."""
+
     reference: Annotated[str, Field(min_length=1, max_length=512)] = Field(
         description="OCI image that holds the artifact; mounted read-only as an image volume."
     )
-    path: Annotated[str, Field(pattern=r"^/[-A-Za-z0-9._/]*$", max_length=256)] = Field(
-        "/", description="Folder of the artifact inside the image."
-    )
+    path: ArtifactPath = Field("/", description="Folder of the artifact inside the image.")
 
 
 class ClaimSource(Document):
+    """A volume that already holds the artifact."""
+
     claim_name: Annotated[str, Field(min_length=1, max_length=253)] = Field(
         description="PersistentVolumeClaim that holds the artifact; mounted read-only."
     )
-    path: Annotated[str, Field(max_length=256)] = Field("", description="Folder of the artifact inside the volume.")
+    path: ArtifactPath = Field("/", description="Folder of the artifact inside the volume.")
 
 
 class Source(Document):
