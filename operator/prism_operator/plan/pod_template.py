@@ -164,7 +164,7 @@ def _container(
 
 def _arguments(spec: PrismServiceSpec, model: PrismModelSpec, settings: ChildSettings) -> list[str]:
     engine = spec.runtime.engine
-    arguments = ["serve", _artifact_path(model)]
+    arguments = ["serve", _artifact_path(model), "--served-name", model.served_name]
     arguments += ["--host", "$(POD_IP)", "--port", str(spec.runtime.service_port)]
     arguments += ["--control-port", str(settings.control_port), "--metrics-port", str(settings.metrics_port)]
     arguments += ["--tls-dir", TLS_PATH]
