@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 
 from prism_operator import metrics, pki
 from prism_operator.control.kube import SECRETS, Conflict, Kube, NotFound, Object
+from prism_operator.control.ownership import controller_uid
+from prism_operator.plan.children import control_secret_name
 
 CA_SECRET = "prism-ca"
 
@@ -26,22 +28,12 @@ class AuthorityUnusable(Exception):
     """The CA in the cluster cannot sign."""
 
 
-def control_secret_name(service: str) -> str:
-    return f"{service}-control-tls"
-
-
-def controller_uid(obj: Object) -> str | None:
-    """Uid of the object that controls this one."""
-    owners = obj["metadata"].get("ownerReferences") or []
-    return next((str(o["uid"]) for o in owners if o.get("controller")), None)
-
-
 def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
 class Certificates:
-    """Keeps the certificates of the control channel; one per process. `ready` must have run before anything else."""
+    """Certificates of the control channel, one keeper per process; `load_authority` runs before anything is signed."""
 
     def __init__(
         self,

@@ -64,6 +64,9 @@ class DeploymentRecord:
     owner_uid: str | None
     intent_hash: str | None
     replicas: int
+    existing_replicas: int
+    rolling_out: bool
+    """Pods of an older template exist."""
     foreign_replica_owner: str | None
 
 
@@ -95,7 +98,10 @@ def pod_record(obj: Object) -> PodRecord:
 
 def deployment_record(obj: Object) -> DeploymentRecord:
     metadata = obj["metadata"]
+    status, replicas = obj.get("status") or {}, obj.get("spec", {}).get("replicas", 1)
     owners = [o for o in metadata.get("ownerReferences") or [] if o.get("controller")]
+    existing = status.get("replicas", 0)
+    unseen = status.get("observedGeneration", 0) < metadata.get("generation", 0)
     return DeploymentRecord(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -103,7 +109,9 @@ def deployment_record(obj: Object) -> DeploymentRecord:
         service=metadata["labels"][SERVICE_LABEL],
         owner_uid=owners[0]["uid"] if owners else None,
         intent_hash=(metadata.get("annotations") or {}).get("moeprism.io/intent-hash"),
-        replicas=obj.get("spec", {}).get("replicas", 1),
+        replicas=replicas,
+        existing_replicas=existing,
+        rolling_out=not unseen and status.get("updatedReplicas", 0) < existing,
         foreign_replica_owner=foreign_owner_of_replicas(metadata.get("managedFields") or []),
     )
 

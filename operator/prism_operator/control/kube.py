@@ -5,22 +5,23 @@ in-cluster configuration and re-reads the rotating ServiceAccount token. Its req
 what we need to decide ourselves: how long a watch may be silent, what Retry-After means, when a write waits.
 
 Rights used. Scope `own`: the operator's namespace. Scope `tenant`: every namespace with a PrismService. Scope
-`cluster`: cluster-wide, or tenant where only some namespaces are watched. A server-side apply needs `patch`, and
-`create` where the object does not exist yet.
+`watched`: cluster-wide when all namespaces are watched, else the watched namespaces. A server-side apply needs `patch`,
+and `create` where the object does not exist yet. Nothing may read Secrets beyond a tenant's namespace.
 
 | group | resource | verbs | scope |
 | --- | --- | --- | --- |
-| moeprism.io | prismservices | get, list, watch | cluster |
-| moeprism.io | prismservices/status | patch | cluster |
-| moeprism.io | prismmodels | get, list, watch | cluster |
-| moeprism.io | prismmodels/status | patch | cluster |
-| apps | deployments | get, list, watch, create, patch | tenant |
-| core | pods | list, watch | tenant |
+| moeprism.io | prismservices | get, list, watch | watched |
+| moeprism.io | prismservices/status | patch | watched |
+| moeprism.io | prismmodels | get, list, watch | watched |
+| moeprism.io | prismmodels/status | patch | watched |
+| core | pods | list, watch | watched |
+| apps | deployments | list, watch | watched |
+| events.k8s.io | events | create | watched |
+| apps | deployments | get, create, patch | tenant |
 | core | services | get, create, patch | tenant |
 | core | secrets | get, create, patch | tenant |
 | policy | poddisruptionbudgets | get, create, patch, delete | tenant |
 | networking.k8s.io | networkpolicies | get, create, patch, delete | tenant |
-| events.k8s.io | events | create | tenant |
 | core | secrets | get, create | own |
 | coordination.k8s.io | leases | get, create, update | own |
 | apiextensions.k8s.io | customresourcedefinitions | get | cluster |
@@ -192,12 +193,11 @@ class Kube:
     def __init__(self, configuration: Configuration, *, writes_per_s: float = 20.0, write_burst: int = 50) -> None:
         self._configuration = configuration
         self._bucket = TokenBucket(writes_per_s, write_burst)
-        connector = aiohttp.TCPConnector(limit=64, ssl=_ssl_context(configuration))
         self._server = configuration.host.rstrip("/")
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            headers={"User-Agent": FIELD_MANAGER, "Accept": "application/json"},
-        )
+        tls, headers = _ssl_context(configuration), {"User-Agent": FIELD_MANAGER, "Accept": "application/json"}
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=64, ssl=tls), headers=headers)
+        # a watch holds its connection for minutes: with a common limit, many watches would leave none for calls
+        self._watches = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, ssl=tls), headers=headers)
 
     @classmethod
     async def connect(cls, kubeconfig: str | None = None) -> Self:
@@ -212,6 +212,7 @@ class Kube:
 
     async def close(self) -> None:
         await self._session.close()
+        await self._watches.close()
 
     async def connection(self) -> Connection:
         """The same access for another client, with the token as it is now."""
@@ -274,7 +275,7 @@ class Kube:
         path = resource.path(namespace)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CALL_TIMEOUT_S, sock_read=WATCH_INACTIVITY_S)
         try:
-            async with self._session.get(
+            async with self._watches.get(
                 self._server + path, params=query, headers=await self._headers(), timeout=timeout
             ) as answer:
                 metrics.API_REQUESTS.labels("watch", str(answer.status)).inc()

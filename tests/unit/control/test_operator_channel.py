@@ -4,12 +4,12 @@ from datetime import UTC, datetime
 
 import pytest
 from aiohttp import web
-from tests.unit.control.pod_server import PodServer, json_report, report
 
 from prism_api.control import MAX_BODY_BYTES, ClassDirective, Directive, Envelope, Held, Refusal, ServiceReference
 from prism_operator import pki
 from prism_operator.control.certificates import client_context
 from prism_operator.control.channel import Answer, Channel, Failure, Peer, Refused
+from tests.unit.control.pod_server import PodServer, json_report, report
 
 NOW = datetime.now(UTC)
 PEER = Peer(namespace="team-a", service="chat", name="chat-0", uid="pod-1", ip="127.0.0.1")

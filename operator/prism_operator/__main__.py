@@ -1,0 +1,57 @@
+"""`prism-operator run`: settings, logging, uvloop, kopf. Wiring only."""
+
+import asyncio
+import logging
+import platform
+import sys
+from importlib.metadata import version
+
+import kopf
+import uvloop
+from kubernetes.aio.config import ConfigException
+
+from prism_operator import metrics, settings
+from prism_operator.control.application import Operator
+from prism_operator.control.kube import Kube
+from prism_operator.handlers import registry_for
+
+logger = logging.getLogger("prism_operator")
+
+
+async def serve(options: settings.Settings) -> int:
+    """Run until SIGTERM (0) or until this process must not go on (1)."""
+    try:
+        kube = await Kube.connect(options.kubeconfig)
+    except (ConfigException, OSError) as error:
+        logger.error("No access to an API server: %s. Set --kubeconfig or KUBECONFIG, or run in a pod.", error)
+        return 1
+    operator = Operator(options, kube)
+    try:
+        await kopf.operator(
+            registry=registry_for(operator),
+            standalone=True,
+            clusterwide=not options.watch_namespaces,
+            namespaces=options.watch_namespaces,
+            stop_flag=operator.must_exit,
+        )
+    except Exception:
+        if operator.failure is None:
+            raise  # a bug: the traceback is what helps
+    finally:
+        await kube.close()
+    if operator.failure:
+        logger.error("exiting: %s", operator.failure)
+    return 1 if operator.failure else 0
+
+
+def main() -> None:
+    options = settings.parse()
+    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLevelName(options.log_level)))
+    metrics.BUILD_INFO.labels(version("moe-prism"), platform.python_version()).set(1)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        sys.exit(runner.run(serve(options)))
+
+
+if __name__ == "__main__":
+    main()
