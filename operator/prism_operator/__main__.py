@@ -8,11 +8,10 @@ from importlib.metadata import version
 
 import kopf
 import uvloop
-from kubernetes.aio.config import ConfigException
 
 from prism_operator import metrics, settings
 from prism_operator.control.application import Operator
-from prism_operator.control.kube import Kube
+from prism_operator.control.kube import Kube, NoAccess
 from prism_operator.handlers import registry_for
 
 logger = logging.getLogger("prism_operator")
@@ -22,8 +21,8 @@ async def serve(options: settings.Settings) -> int:
     """Run until SIGTERM (0) or until this process must not go on (1)."""
     try:
         kube = await Kube.connect(options.kubeconfig)
-    except (ConfigException, OSError) as error:
-        logger.error("No access to an API server: %s. Set --kubeconfig or KUBECONFIG, or run in a pod.", error)
+    except NoAccess as error:
+        logger.error("%s", error)
         return 1
     operator = Operator(options, kube)
     try:

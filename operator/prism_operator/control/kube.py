@@ -99,6 +99,10 @@ def resource_of(obj: Mapping[str, Any]) -> Resource:
     return _BY_KIND[obj["apiVersion"], obj["kind"]]
 
 
+class NoAccess(Exception):
+    """No usable kubeconfig and no ServiceAccount: it is not known where the API server is."""
+
+
 class KubeError(Exception):
     """The API server refused, failed or did not answer (status 0). The message names verb, path and answer."""
 
@@ -201,13 +205,19 @@ class Kube:
 
     @classmethod
     async def connect(cls, kubeconfig: str | None = None) -> Self:
-        """By the kubeconfig given, else KUBECONFIG, else the pod's ServiceAccount. Raises ConfigException."""
+        """By the kubeconfig given, else KUBECONFIG, else the pod's ServiceAccount. Raises NoAccess."""
         configuration = Configuration()
         path = kubeconfig or os.environ.get("KUBECONFIG")
-        if path:
-            await kube_config.load_kube_config(config_file=path, client_configuration=configuration)
-        else:
-            kube_config.load_incluster_config(client_configuration=configuration)
+        try:
+            if path:
+                await kube_config.load_kube_config(config_file=path, client_configuration=configuration)
+            else:
+                kube_config.load_incluster_config(client_configuration=configuration)
+        except (kube_config.ConfigException, OSError, ValueError) as error:
+            where = f"kubeconfig '{path}'" if path else "the pod's ServiceAccount"
+            raise NoAccess(
+                f"No access to an API server by {where}: {error}. Set --kubeconfig or KUBECONFIG."
+            ) from error
         return cls(configuration)
 
     async def close(self) -> None:
