@@ -174,8 +174,7 @@ def _cause(
             return Reason.POD_LOST
         if observation.rollout:
             return Reason.ROLLOUT
-        top = dict.fromkeys(points, policy.max_point)
-        if pressure.fits(top, policy.loop.rate_margin, ordered=True) is not False:
+        if pressure.fits(points, policy.loop.rate_margin, ordered=True) is not False:
             return Reason.BURST_BRIDGE
     return Reason.BROWNOUT
 
@@ -232,10 +231,11 @@ def _down_verdicts(
             upper = policy.ladder.points[policy.ladder.index(point) + 1].name
             text = f"{why}; rejected '{upper}': {_why_not(pressure, {**after, name: upper}, policy)}"
             verdicts[name] = _Verdict(point, Status.PROGRESS, cause, text)
-        elif point == class_policy.floor and after == before:
-            verdicts[name] = _Verdict(point, Status.BLOCKED, Reason.AT_FLOOR, f"{why}; '{point}' is the floor")
         elif point == class_policy.floor:
-            verdicts[name] = _Verdict(point, Status.HOLD, Reason.AT_FLOOR, f"{why}; '{point}' is the floor")
+            # While pods are missing, that is why the class is this low.
+            reason = Reason.AT_FLOOR if point == policy.max_point or cause is Reason.BROWNOUT else cause
+            status = Status.BLOCKED if after == before else Status.HOLD
+            verdicts[name] = _Verdict(point, status, reason, f"{why}; '{point}' is the floor")
         else:
             text = f"{why}; classes of lower priority or with load sink first"
             verdicts[name] = _Verdict(point, Status.HOLD, _resting(policy, point), text)

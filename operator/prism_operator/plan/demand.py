@@ -5,6 +5,7 @@ reports and no arrivals has rate 0. Counts come from some of the ready pods when
 scaled up by the share heard.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ WIDEST_LONG_WINDOWS = 10
 
 NOISE_DEVIATIONS = 1.5
 """A Poisson count within this many standard deviations of its expectation says nothing new."""
+BURST_DEVIATIONS = 3.0
+"""A Poisson count this far above its expectation is next to never chance: 1 in 300 to 1 in 700 at these counts."""
 _TICK_TOLERANCE_S = 1e-6
 
 
@@ -69,16 +72,26 @@ def short_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | N
     """Rate of the fast loop, None while the class is unknown.
 
     With few arrivals the long window is used instead, unless the short one departs from it by more than noise: a burst
-    after a calm minute, or silence after a burst, must not be averaged away.
+    after a calm minute, or silence after a burst, must not be averaged away. A burst beyond chance is believed at its
+    own rate, at once.
     """
     loop = policy.loop
+    burst = _rate(state, name, loop.burst_window_s, loop)
     short = _rate(state, name, loop.short_window_s, loop)
     long = _rate(state, name, loop.long_window_s, loop)
-    if short is None or long is None or short.arrivals >= loop.enough_arrivals:
-        return short
-    expected = long.per_s * short.span_s
-    within_noise = abs(short.per_s * short.span_s - expected) <= NOISE_DEVIATIONS * expected**0.5
-    return long if within_noise else short
+    if burst is None or short is None or long is None:
+        return None
+    if burst.per_s > short.per_s and _deviations(burst, long.per_s) > BURST_DEVIATIONS:
+        return burst
+    if short.arrivals < loop.enough_arrivals and abs(_deviations(short, long.per_s)) <= NOISE_DEVIATIONS:
+        return long
+    return short
+
+
+def _deviations(rate: Rate, expected_per_s: float) -> float:
+    """By how many standard deviations of a Poisson count a rate departs from the expected one."""
+    expected = expected_per_s * rate.span_s
+    return (rate.per_s * rate.span_s - expected) / math.sqrt(expected) if expected else 0.0
 
 
 def long_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | None:
@@ -91,12 +104,16 @@ def long_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | No
 
 
 def mean_lengths(state: DemandState, name: str) -> Lengths | None:
-    """Mean prompt and output of the requests remembered, None before one finished."""
+    """Mean prompt and output of the requests remembered, None before one finished.
+
+    Tokens are counted as they come, so requests in flight have given a part of theirs: on average half.
+    """
     total = total_of(state.samples.get(name, ()))
-    served = total.arrived - total.shed
-    if served <= 0 or total.finished <= 0:
+    started = total.arrived - total.shed - total.cancelled
+    if total.finished <= 0 or total.arrived <= 0:
         return None
-    return Lengths(total.prompt_tokens / served, total.output_tokens / total.finished)
+    in_flight = max(0, started - total.finished)
+    return Lengths(total.prompt_tokens / total.arrived, total.output_tokens / (total.finished + in_flight / 2))
 
 
 def window(state: DemandState, name: str, seconds: float) -> ClassDelta:

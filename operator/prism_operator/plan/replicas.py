@@ -1,7 +1,7 @@
 """The slow decision: how many replicas to order.
 
     ask      max(ceil((1 + h/2) * need(top)), ceil((1 + h) * need(floor)))      h = headroom, reserve half in pods
-    keep     ceil((1 + h) * need(top))                                          the N/(N-1) test on the way down
+    keep     ceil((1 + h) * need(top)) of the mean load                         the N/(N-1) test on the way down
     up       least ask of the up window, if above what is ordered
     down     largest keep of the down window, if below; one pod at a time, never before the window is full
 
@@ -40,7 +40,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    """One tick's recommendation; `reason` and `why` are None-free: an unknown is `replicas is None`."""
+    """One tick's recommendation. None: unknown, and then `reason` and `message` say what is missing."""
 
     up: int | None
     down: int | None
@@ -93,34 +93,39 @@ def _ask(observation: Observation, state: DemandState, policy: ServicePolicy) ->
     if len(observation.fresh) < len(ready) / 2:
         text = f"only {len(observation.fresh)} of {len(ready)} ready pods reported freshly"
         return _Ask(None, None, Reason.SIGNALS_STALE, text)
-    loads: list[ClassLoad] = []
-    missing_lengths = False
+    peak: list[ClassLoad] = []
+    mean: list[ClassLoad] = []
     for class_policy in policy.classes:
         short = demand.short_rate(state, class_policy.name, policy)
         long = demand.long_rate(state, class_policy.name, policy)
         if short is None or long is None:
             return _Ask(None, None, Reason.SIGNALS_STALE, f"the load of class '{class_policy.name}' is unknown")
-        rate = max(short.per_s, long.per_s)
+        if max(short.per_s, long.per_s) == 0:
+            continue
         lengths = demand.mean_lengths(state, class_policy.name)
-        if rate > 0 and lengths is None:
-            missing_lengths = True
-        elif rate > 0 and lengths is not None:
-            loads.append(ClassLoad(class_policy, rate, lengths))
-    if missing_lengths:
-        return _Ask(None, None, Reason.STABILIZING, "no request has finished yet, so the cost of one is unknown")
-    return _from_profile(observation, policy, loads) or _from_saturation(observation, state, policy)
+        if lengths is None:
+            text = f"no request of class '{class_policy.name}' has finished yet, so the cost of one is unknown"
+            return _Ask(None, None, Reason.STABILIZING, text)
+        # Up follows the burst, for the up window takes the least ask; down follows the mean, for it takes the largest.
+        peak.append(ClassLoad(class_policy, max(short.per_s, long.per_s), lengths))
+        mean.append(ClassLoad(class_policy, long.per_s, lengths))
+    return _from_profile(observation, policy, peak, mean) or _from_saturation(observation, state, policy)
 
 
-def _from_profile(observation: Observation, policy: ServicePolicy, loads: list[ClassLoad]) -> _Ask | None:
-    offered = sum(load.per_s for load in loads)
-    if not loads:
+def _from_profile(
+    observation: Observation, policy: ServicePolicy, peak: list[ClassLoad], mean: list[ClassLoad]
+) -> _Ask | None:
+    offered = sum(load.per_s for load in peak)
+    if not peak:
         return _Ask(0, 0, Reason.DEMAND, "no load in fresh reports")
     if observation.profile is None:
         return None
     floors = {class_policy.name: class_policy.floor for class_policy in policy.classes}
-    top = capacity.replicas_for(loads, dict.fromkeys(floors, policy.max_point), observation.profile)
-    bottom = capacity.replicas_for(loads, floors, observation.profile)
-    if top is None or bottom is None:
+    tops = dict.fromkeys(floors, policy.max_point)
+    top = capacity.replicas_for(peak, tops, observation.profile)
+    bottom = capacity.replicas_for(peak, floors, observation.profile)
+    kept = capacity.replicas_for(mean, tops, observation.profile)
+    if top is None or bottom is None or kept is None:
         return None
     headroom = policy.effective.headroom
     up = max(_ceil((1 + headroom / 2) * top), _ceil((1 + headroom) * bottom))
@@ -128,7 +133,7 @@ def _from_profile(observation: Observation, policy: ServicePolicy, loads: list[C
         f"offered {offered:.2f}/s needs {top:.2f} replicas at '{policy.max_point}' and {bottom:.2f} at the floors, "
         f"plus headroom {headroom:.2f}"
     )
-    return _Ask(up, max(up, _ceil((1 + headroom) * top)), Reason.DEMAND, text)
+    return _Ask(up, _ceil((1 + headroom) * kept), Reason.DEMAND, text)
 
 
 def _from_saturation(observation: Observation, state: DemandState, policy: ServicePolicy) -> _Ask:
@@ -261,7 +266,7 @@ def _managed(
     else:
         stuck_text = ""
     keep = max(_clamped(one.down, policy)[0] for one in state.recommendations)
-    if _clamped(ask.down, policy)[0] >= ordered:
+    if wanted >= ordered or _clamped(ask.down, policy)[0] >= ordered:
         waiting = len(observation.ready) < ordered
         reason = Reason.IN_FLIGHT if waiting else Reason.STEADY
         status = Status.BLOCKED if stuck else Status.HOLD

@@ -137,6 +137,8 @@ class LoopSettings:
     slow_period_s: float = 30.0
     short_window_s: float = 6.0
     """Rates and latencies of the fast loop; Knative's panic window."""
+    burst_window_s: float = 2.0
+    """Arrivals that exceed the long window's rate beyond chance within so short a time are a burst."""
     long_window_s: float = 60.0
     """Rates of the slow loop and mean lengths; Knative's stable window."""
     enough_arrivals: int = 20
@@ -332,7 +334,7 @@ class ReplicaPlan:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """What one slow tick asked for: to scale up by, and (never less) to scale down to."""
+    """What one slow tick asked for: to scale up to, and to keep on the way down."""
 
     at_s: float
     up: int
