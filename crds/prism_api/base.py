@@ -18,6 +18,15 @@ NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 DIGEST_PATTERN = r"^sha256:[0-9a-f]{64}$"
 
 
+IMMUTABLE = "self == oldSelf"
+
+
+def rules(*entries: tuple[str, str] | tuple[str, str, str]) -> dict[str, Any]:
+    """CEL rules of a schema node: expression, message with the remedy, and the field that the server's answer names."""
+    keys = ("rule", "message", "fieldPath")
+    return {"x-kubernetes-validations": [dict(zip(keys, entry, strict=False)) for entry in entries]}
+
+
 def _plain(value: Decimal) -> str:
     """Digits without an exponent, which the patterns (and the API server) refuse."""
     return format(value, "f")
@@ -33,12 +42,14 @@ def _decimal_parser(pattern: str, example: str) -> Callable[[Any], Decimal]:
     return parse
 
 
-def _decimal(pattern: str, example: str) -> Any:
+def _decimal(pattern: str, example: str, *bounds: tuple[str, str]) -> Any:
+    """A decimal type; `bounds` are CEL rules on it, for what a pattern cannot say."""
+    schema = {"type": "string", "pattern": pattern, "maxLength": 16, **(rules(*bounds) if bounds else {})}
     return Annotated[
         Decimal,
         BeforeValidator(_decimal_parser(pattern, example)),
         PlainSerializer(_plain, return_type=str),
-        WithJsonSchema({"type": "string", "pattern": pattern, "maxLength": 16}),
+        WithJsonSchema(schema),
     ]
 
 
@@ -48,12 +59,32 @@ Ratio = _decimal(RATIO_PATTERN, "0.98")
 Money = _decimal(DECIMAL_PATTERN, "2.50")
 """A non-negative amount or factor, a decimal string on the wire and a ``decimal.Decimal`` in Python."""
 
+AttainmentTarget = _decimal(
+    RATIO_PATTERN,
+    "0.95",
+    (
+        "quantity(self).isGreaterThan(quantity('0')) && quantity(self).isLessThan(quantity('1'))",
+        "attainmentTarget must be greater than 0 and less than 1, for example '0.95'",
+    ),
+)
+"""A ratio in (0, 1): all requests can never be promised, and none is no objective."""
+
+Headroom = _decimal(
+    DECIMAL_PATTERN,
+    "0.10",
+    (
+        "quantity(self).compareTo(quantity('2')) <= 0",
+        "headroom must be less than or equal to 2, for example '0.10'",
+    ),
+)
+"""A factor in [0, 2]."""
+
 Name = Annotated[str, Field(pattern=NAME_PATTERN, min_length=1, max_length=32)]
 """A DNS label of at most 32 characters: names of classes, points, pools."""
 
 Digest = Annotated[str, Field(pattern=DIGEST_PATTERN, max_length=71)]
 
-Timestamp = Annotated[str, Field(max_length=40, json_schema_extra={"format": "date-time"})]
+Timestamp = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time", "maxLength": 40})]
 """RFC 3339."""
 
 Generation = Annotated[int, Field(ge=0, le=2**53)]
@@ -75,15 +106,6 @@ class Document(BaseModel):
     def to_wire(self) -> dict[str, Any]:
         """Plain JSON-ready dict with the wire's names; absent optional fields are left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
-IMMUTABLE = "self == oldSelf"
-
-
-def rules(*entries: tuple[str, str] | tuple[str, str, str]) -> dict[str, Any]:
-    """CEL rules of a schema node: expression, message with the remedy, and the field that the server's answer names."""
-    keys = ("rule", "message", "fieldPath")
-    return {"x-kubernetes-validations": [dict(zip(keys, entry, strict=False)) for entry in entries]}
 
 
 def block(model: type[Document], doc: str) -> Any:

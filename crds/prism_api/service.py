@@ -7,8 +7,10 @@ from pydantic import ConfigDict, Field
 
 from prism_api.base import (
     IMMUTABLE,
+    AttainmentTarget,
     Document,
     Generation,
+    Headroom,
     Money,
     Name,
     Ratio,
@@ -54,19 +56,6 @@ class Objectives(Document):
     tpot_milliseconds: Annotated[int, Field(ge=1, le=60_000)] | None = Field(
         None, description="Mean time per output token after the first that a request must not exceed."
     )
-
-
-AttainmentTarget = Annotated[
-    Ratio,
-    Field(
-        json_schema_extra=rules(
-            (
-                "quantity(self).isGreaterThan(quantity('0')) && quantity(self).isLessThan(quantity('1'))",
-                "attainmentTarget must be greater than 0 and less than 1, for example '0.95'",
-            )
-        )
-    ),
-]
 
 
 class Quality(Document):
@@ -174,19 +163,6 @@ class Behavior(Document):
 
     scale_up: Stabilization = block(Stabilization, "Scaling up.")
     scale_down: Stabilization = block(Stabilization, "Scaling down.")
-
-
-Headroom = Annotated[
-    Money,
-    Field(
-        json_schema_extra=rules(
-            (
-                "quantity(self).compareTo(quantity('2')) <= 0",
-                "headroom must be less than or equal to 2, for example '0.10'",
-            )
-        )
-    ),
-]
 
 
 class Scaling(Document):
