@@ -29,6 +29,7 @@ async def serve(options: settings.Settings) -> int:
         await kopf.operator(
             registry=registry_for(operator),
             standalone=True,
+            identity=options.identity,  # kopf's default asks for a user name, and a container's user has none
             clusterwide=not options.watch_namespaces,
             namespaces=options.watch_namespaces,
             stop_flag=operator.must_exit,
