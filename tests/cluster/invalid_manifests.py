@@ -326,7 +326,7 @@ CREATIONS = (
         "a rollout that cannot move",
         {"spec.rollout": {"maxSurge": 0, "maxUnavailable": 0}},
         "spec.rollout.maxUnavailable",
-        "must not both be 0; set maxUnavailable to 1",
+        "rollout.maxSurge and rollout.maxUnavailable must not both be 0; set maxUnavailable to 1",
     ),
     _service(
         "a grace period that cuts the drain",
