@@ -39,7 +39,9 @@ TICK_DURATION = Histogram(
     buckets=_MILLISECONDS_TO_SECONDS,
     registry=REGISTRY,
 )
-CHANNEL_PODS = Gauge("prism_operator_channel_pods", "Pods with an open control channel.", registry=REGISTRY)
+CHANNEL_PODS = Gauge(
+    "prism_operator_channel_pods", "Pods whose last call on the control channel was answered.", registry=REGISTRY
+)
 CHANNEL_POLL_DURATION = Histogram(
     "prism_operator_channel_poll_duration_seconds",
     "One report, request to validated answer.",

@@ -10,14 +10,8 @@ from prism_operator.control.certificates import Certificates
 from prism_operator.control.channel import Channel
 from prism_operator.control.crds import OldCrd, await_crds
 from prism_operator.control.events import Events
-from prism_operator.control.informer import (
-    DeploymentRecord,
-    Informer,
-    PodRecord,
-    deployment_record,
-    pod_record,
-)
-from prism_operator.control.kube import DEPLOYMENTS, PODS, Connection, Kube
+from prism_operator.control.informer import DeploymentRecord, PodRecord
+from prism_operator.control.kube import Connection, Kube
 from prism_operator.control.leadership import Leadership
 from prism_operator.control.lease import LeaseLost
 from prism_operator.control.loops import Loops, Ports
@@ -26,13 +20,12 @@ from prism_operator.control.reconcile import Key, Reconciler
 from prism_operator.control.recorder import Recorder
 from prism_operator.control.status_view import StatusView
 from prism_operator.control.status_writer import StatusWriter
+from prism_operator.control.tenants import Tenants
 from prism_operator.control.world import ServiceKey, World
 from prism_operator.plan.children import ChildSettings
 from prism_operator.plan.types import LoopSettings
 from prism_operator.settings import Settings
 
-STALE_VIEW_S = 150.0
-"""Informers hear a bookmark about every minute; after two missed ones replicas are not decided any more."""
 CLIENT_LEAF_CHECK_S = 300.0
 DRAIN_S = 5.0
 
@@ -52,14 +45,14 @@ class Operator:
         self._certificates = Certificates(kube, settings.namespace)
         self._events = Events(kube, settings.identity)
         self._writer = StatusWriter(kube)
+        self._tenants = Tenants(kube, self._pod_changed, self._deployment_changed)
         status = StatusView(self._writer)
         ports = Ports(
             channel=self._channel,
             leadership=self._leadership,
             events=self._events,
             recorder=Recorder(self._events),
-            synced=self._synced,
-            fresh=self._fresh,
+            tenants=self._tenants,
             order_reconcile=lambda key: self._queue.add(Key("PrismService", *key)),
             offer_status=status.offer,
         )
@@ -67,6 +60,7 @@ class Operator:
         self._reconciler = Reconciler(
             kube,
             self._world,
+            self._tenants,
             self._loops,
             self._leadership,
             self._certificates,
@@ -76,15 +70,8 @@ class Operator:
             ChildSettings(operator_namespace=settings.namespace),
         )
         self._queue: KeyedQueue[Key] = KeyedQueue(self._visit)
-        self._informers = [
-            informer
-            for namespace in settings.watch_namespaces or (None,)
-            for informer in (
-                Informer(kube, PODS, namespace, pod_record, self._pod_changed),
-                Informer(kube, DEPLOYMENTS, namespace, deployment_record, self._deployment_changed),
-            )
-        ]
-        self._exposition = exposition.Exposition(self._synced, lambda: self.failure)
+        self._exposition = exposition.Exposition(lambda: self._started, lambda: self.failure)
+        self._started = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -98,8 +85,7 @@ class Operator:
         except (OSError, OldCrd) as error:
             self.failure = str(error)
             raise
-        for informer in self._informers:
-            self._spawn(informer.run(), "informer")
+        self._started = True
         self._spawn(exposition.measure_loop_lag(), "loop lag")
         self._spawn(self._lead(), "leadership")
 
@@ -107,6 +93,7 @@ class Operator:
         """Finish what runs, then give the Lease back, so that a standby takes over within seconds."""
         await self._queue.drain(DRAIN_S)
         await self._loops.close()
+        await self._tenants.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -121,6 +108,7 @@ class Operator:
         return await self._kube.connection()
 
     def service_changed(self, namespace: str, name: str) -> None:
+        self._tenants.ensure(namespace)  # a standby keeps its picture warm
         self._queue.add(Key("PrismService", namespace, name))
 
     def model_changed(self, namespace: str, name: str) -> None:
@@ -129,7 +117,6 @@ class Operator:
             self.service_changed(*key)
 
     async def _lead(self) -> None:
-        await asyncio.gather(*(informer.synced.wait() for informer in self._informers))
         await self._leadership.run(self._begin_acting)
 
     async def _begin_acting(self) -> None:
@@ -166,16 +153,6 @@ class Operator:
         )
         if key is not None and orders_changed:
             self.service_changed(*key)
-
-    def _synced(self) -> bool:
-        return all(informer.synced.is_set() for informer in self._informers)
-
-    def _fresh(self) -> bool:
-        now_s = asyncio.get_running_loop().time()
-        return self._synced() and all(
-            informer.last_contact_s is not None and now_s - informer.last_contact_s < STALE_VIEW_S
-            for informer in self._informers
-        )
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(coroutine, name=name)

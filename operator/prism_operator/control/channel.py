@@ -89,6 +89,8 @@ class Channel:
         self._deliver, self._port, self._call_timeout_s, self._clock = deliver, port, call_timeout_s, clock
         self._session: aiohttp.ClientSession | None = None
         self._calls: dict[str, asyncio.Task[None]] = {}
+        self._answering: set[str] = set()
+        metrics.CHANNEL_PODS.set_function(lambda: len(self._answering))
         self._closing: set[asyncio.Task[None]] = set()
 
     def use(self, context: ssl.SSLContext) -> None:
@@ -133,6 +135,7 @@ class Channel:
 
     def forget(self, pod_uid: str) -> None:
         """The pod is gone; its idle connection is closed by the connector."""
+        self._answering.discard(pod_uid)
         if call := self._calls.pop(pod_uid, None):
             call.cancel()
 
@@ -145,11 +148,11 @@ class Channel:
         async def run() -> None:
             outcome = await call
             self._calls.pop(peer.uid, None)
+            (self._answering.discard if isinstance(outcome, Failure) else self._answering.add)(peer.uid)
             self._deliver(outcome)
 
         task = asyncio.create_task(run(), name=f"call {peer.namespace}/{peer.name}")
         self._calls[peer.uid] = task
-        metrics.CHANNEL_PODS.set(len(self._calls))
         return task
 
     async def _get(self, peer: Peer) -> Outcome:

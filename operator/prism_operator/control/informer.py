@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeVar
 
-from prism_operator.control.kube import Gone, Kube, KubeError, Object, Resource
+from prism_operator.control.kube import Forbidden, Gone, Kube, KubeError, Object, Resource
 
 SERVICE_LABEL = "moeprism.io/service"
 FIRST_BACKOFF_S = 0.5
@@ -150,6 +150,8 @@ class Informer(Generic[T]):
         self.synced = asyncio.Event()
         self.last_contact_s: float | None = None
         """Event loop time of the last list or event; the age of this copy."""
+        self.refusal: Forbidden | None = None
+        """The API server's refusal at the last try; None once it let us in."""
 
     async def run(self) -> None:
         """List and watch until cancelled; failures back off with jitter and never end the loop."""
@@ -165,6 +167,7 @@ class Informer(Generic[T]):
             except Gone:
                 version = ""
             except KubeError as error:
+                self.refusal = error if isinstance(error, Forbidden) else None
                 logger.warning("watch of %s broke, again in about %.1f s: %s", self._resource.plural, backoff_s, error)
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
                 backoff_s = min(LONGEST_BACKOFF_S, 2 * backoff_s)
@@ -186,6 +189,7 @@ class Informer(Generic[T]):
         for key, record in fresh.items():
             if old.get(key) != record:
                 self._on_change(old.get(key), record)
+        self.refusal = None
         self.synced.set()
         return version
 

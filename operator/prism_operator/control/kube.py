@@ -4,9 +4,9 @@ Plain dicts in and out. Requests go through aiohttp directly; the `kubernetes` p
 in-cluster configuration and re-reads the rotating ServiceAccount token. Its request layer is not used because it hides
 what we need to decide ourselves: how long a watch may be silent, what Retry-After means, when a write waits.
 
-Rights used. Scope `own`: the operator's namespace. Scope `tenant`: every namespace with a PrismService. Scope
-`watched`: cluster-wide when all namespaces are watched, else the watched namespaces. A server-side apply needs `patch`,
-and `create` where the object does not exist yet. Nothing may read Secrets beyond a tenant's namespace.
+Rights used. Scope `own`: the operator's namespace. Scope `tenant`: every namespace that lets the operator in; nothing
+beyond them can be read. Scope `watched`: cluster-wide when all namespaces are watched, else the watched ones. A
+server-side apply needs `patch`, and `create` where the object does not exist yet.
 
 | group | resource | verbs | scope |
 | --- | --- | --- | --- |
@@ -14,10 +14,9 @@ and `create` where the object does not exist yet. Nothing may read Secrets beyon
 | moeprism.io | prismservices/status | patch | watched |
 | moeprism.io | prismmodels | get, list, watch | watched |
 | moeprism.io | prismmodels/status | patch | watched |
-| core | pods | list, watch | watched |
-| apps | deployments | list, watch | watched |
-| events.k8s.io | events | create | watched |
-| apps | deployments | get, create, patch | tenant |
+| core | pods | list, watch | tenant |
+| apps | deployments | get, list, watch, create, patch | tenant |
+| events.k8s.io | events | create | tenant |
 | core | services | get, create, patch | tenant |
 | core | secrets | get, create, patch | tenant |
 | policy | poddisruptionbudgets | get, create, patch, delete | tenant |

@@ -18,6 +18,7 @@ from prism_operator.control.channel import Channel, Peer
 from prism_operator.control.events import Events, Regarding
 from prism_operator.control.leadership import Leadership
 from prism_operator.control.recorder import Move, Recorder
+from prism_operator.control.tenants import Tenants
 from prism_operator.control.world import ServiceKey, ServiceWorld
 from prism_operator.plan import budget, demand, directive, replicas
 from prism_operator.plan.types import BudgetPlan, Observation, ReplicaPlan, ServicePolicy
@@ -36,10 +37,7 @@ class Ports:
     leadership: Leadership
     events: Events
     recorder: Recorder
-    synced: Callable[[], bool]
-    """The informers have listed everything once: before that an absent pod means nothing."""
-    fresh: Callable[[], bool]
-    """The informers heard from the API server not long ago: replicas are not decided on an old picture."""
+    tenants: Tenants
     order_reconcile: Callable[[ServiceKey], None]
     offer_status: Callable[[ServiceWorld], None]
 
@@ -106,7 +104,7 @@ class ServiceLoop:
         """Poll, plan, guard, send. Late answers reach the world by themselves and count in the next tick."""
         service, ports = self.service, self._ports
         policy = service.usable()
-        if policy is None or not (ports.leadership.may_act() and ports.synced()):
+        if policy is None or not (ports.leadership.may_act() and ports.tenants.synced(service.key[0])):
             return
         started_s = self._clock()
         await ports.channel.poll(service.peers(), POLL_DEADLINE_S)
@@ -133,7 +131,7 @@ class ServiceLoop:
         policy, observation = service.usable(), service.observation
         if policy is None or observation is None or observation.ordered_replicas is None:
             return
-        if not (ports.leadership.may_act() and ports.fresh()):
+        if not (ports.leadership.may_act() and ports.tenants.fresh(service.key[0])):
             return
         started_s = self._clock()
         self._slow_due_s = started_s + policy.loop.slow_period_s

@@ -34,6 +34,7 @@ from prism_operator.control.loops import Loops
 from prism_operator.control.ownership import controller_uid, is_current, owner_reference
 from prism_operator.control.queue import Backoff
 from prism_operator.control.status_view import StatusView
+from prism_operator.control.tenants import Tenants
 from prism_operator.control.world import ServiceKey, ServiceWorld, World
 from prism_operator.plan import children, pod_template, policy
 from prism_operator.plan.children import ChildSettings
@@ -41,7 +42,9 @@ from prism_operator.plan.types import LoopSettings, ServicePolicy, Unusable
 
 RESYNC_S = 600.0
 """Every object is looked at again after about this time: it catches lost events, and certificates that are due."""
-FORBIDDEN_BACKOFF_S = 300.0
+FORBIDDEN_BACKOFF_S = 60.0
+NOT_OURS_BACKOFF_S = 60.0
+SYNC_TIMEOUT_S = 5.0
 PRUNED = (NETWORK_POLICIES, POD_DISRUPTION_BUDGETS)
 """Children that a spec may switch off."""
 
@@ -65,6 +68,7 @@ class Reconciler:
         self,
         kube: Kube,
         world: World,
+        tenants: Tenants,
         loops: Loops,
         leadership: Leadership,
         certificates: Certificates,
@@ -73,7 +77,8 @@ class Reconciler:
         loop_settings: LoopSettings,
         child_settings: ChildSettings,
     ) -> None:
-        self._kube, self._world, self._loops, self._leadership = kube, world, loops, leadership
+        self._kube, self._world, self._tenants = kube, world, tenants
+        self._loops, self._leadership = loops, leadership
         self._certificates, self._events, self._status = certificates, events, status
         self._loop_settings, self._child_settings = loop_settings, child_settings
 
@@ -95,24 +100,34 @@ class Reconciler:
             self._loops.stop(key)
             self._status.offer(service)
             return _jittered(RESYNC_S)
-        self._adopt_replicas(service, usable)
         try:
+            await self._look_around(namespace)
+            self._adopt_replicas(service, usable)
             await self._bring_about(service, obj, service.spec, service.model)
         except Forbidden as refused:
             if refused.namespace_terminating:
                 self._forget(key)
-            return None
+                return None
             self._fail(service, "NamespaceNotEnabled", _missing_right(refused))
             raise Backoff(str(refused), FORBIDDEN_BACKOFF_S) from refused
         except NotOurs as conflict:
             self._fail(service, "ConflictingOwner", str(conflict))
-            raise Backoff(str(conflict), FORBIDDEN_BACKOFF_S / 5) from conflict
+            raise Backoff(str(conflict), NOT_OURS_BACKOFF_S) from conflict
         except KubeError as error:
             raise Backoff(str(error)) from error
-        service.problems.clear()
+        service.problems.pop("ScalingActive", None)
         self._loops.ensure(service)
         self._status.offer(service)
         return _jittered(RESYNC_S)
+
+    async def _look_around(self, namespace: str) -> None:
+        """Know the namespace's pods and Deployments before anything is decided. Raises Forbidden, Backoff."""
+        self._tenants.ensure(namespace)
+        if await self._tenants.until_synced(namespace, SYNC_TIMEOUT_S):
+            return
+        if refusal := self._tenants.refusal(namespace):
+            raise refusal
+        raise Backoff(f"pods of namespace '{namespace}' are not listed yet")
 
     async def model(self, namespace: str, name: str) -> float | None:
         """Visit a PrismModel: its status says who uses it and whether its points can be used."""
@@ -131,19 +146,34 @@ class Reconciler:
         return [s.key for s in services if s.key[0] == namespace and _model_name(s) == name]
 
     async def _resolve(self, service: ServiceWorld, obj: Object) -> None:
-        metadata, first_visit = obj["metadata"], service.spec is None
-        service.generation = metadata.get("generation", 0)
-        if first_visit:
+        """Take over the spec if it can be planned. One that cannot changes a condition and nothing else: a service that
+        runs keeps the last accepted spec, its loops and its children."""
+        service.generation = obj["metadata"].get("generation", 0)
+        if service.policy is None:
             service.status = obj.get("status") or {}
             service.decisions = _decisions(service.status)
             self._status.remember(service)
+        spec, model, resolved = await self._judge(service, obj)
+        for condition in ("Accepted", "ModelResolved"):
+            service.problems.pop(condition, None)
+        if isinstance(resolved, ServicePolicy):
+            service.spec, service.model, service.policy = spec, model, resolved
+        elif service.usable() is None:
+            service.spec, service.policy = spec, resolved
+        else:
+            service.problems[resolved.condition] = resolved
+        if isinstance(resolved, Unusable):
+            self._post(service, "NotAccepted", "Reconcile", str(resolved))
+
+    async def _judge(
+        self, service: ServiceWorld, obj: Object
+    ) -> tuple[PrismServiceSpec | None, PrismModelSpec | None, ServicePolicy | Unusable]:
         try:
-            service.spec = PrismServiceSpec.model_validate(obj["spec"])
+            spec = PrismServiceSpec.model_validate(obj["spec"])
         except ValidationError as error:  # a CRD of another version let it pass
-            service.policy = Unusable("Accepted", "Invalid", f"The spec cannot be read: {_first(error)}.")
-            return
-        service.model, problem = await self._model_spec(service.key[0], service.spec.model_ref.name)
-        service.policy = problem or policy.resolve(service.spec, service.model, self._loop_settings)
+            return None, None, Unusable("Accepted", "Invalid", f"The spec cannot be read: {_first(error)}.")
+        model, problem = await self._model_spec(service.key[0], spec.model_ref.name)
+        return spec, model, problem or policy.resolve(spec, model, self._loop_settings)
 
     async def _model_spec(self, namespace: str, name: str) -> tuple[PrismModelSpec | None, Unusable | None]:
         try:
@@ -244,6 +274,8 @@ class Reconciler:
     def _forget(self, key: ServiceKey) -> None:
         self._loops.stop(key)
         self._world.forget(key)
+        if not any(namespace == key[0] for namespace, _ in self._world.services):
+            self._tenants.stop(key[0])
         self._certificates.forget(*key)
         self._status.forget(key)
         metrics.forget_service(*key)
@@ -261,8 +293,8 @@ class Reconciler:
 
 def _missing_right(refused: Forbidden) -> str:
     return (
-        f"The operator may not {refused.verb} {refused.path}. Bind the ClusterRole 'prism-tenant' in this namespace "
-        f"(chart value `tenantNamespaces`). The API server said: {refused.message}"
+        f"The operator may not {refused.verb} {refused.path}. Let it in: add the namespace to the chart's value "
+        f"`tenantNamespaces`, or bind the chart's tenant ClusterRole there. The API server said: {refused.message}"
     )
 
 
