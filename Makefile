@@ -58,11 +58,13 @@ lint: install ## Style, types, layer contracts, generated files, chart
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m prism_api.crd --check crds helm/prism/files/crds
+	$(BIN)/python -m prism_api.reference --check docs/api.md
 	$(BIN)/python -m tests.lint
 
 .PHONY: generate
 generate: install ## CRDs and API reference from the typed resources
 	$(BIN)/python -m prism_api.crd crds helm/prism/files/crds
+	$(BIN)/python -m prism_api.reference docs/api.md
 
 .PHONY: lock
 lock: install ## Re-resolve the lock files (exact versions, no host names): all extras, and one for each image
