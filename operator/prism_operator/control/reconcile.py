@@ -202,6 +202,7 @@ class Reconciler:
     async def _bring_about(
         self, service: ServiceWorld, obj: Object, spec: PrismServiceSpec, model: PrismModelSpec
     ) -> None:
+        self._may_act()
         (namespace, name), owner = service.key, owner_reference(obj)
         assert service.desired_replicas is not None
         wanted = children.render(
