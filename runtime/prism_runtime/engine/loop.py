@@ -164,7 +164,7 @@ class EngineLoop:
         while not self._stopping:
             self._beat_s = self._clock()
             swap = self._steer()
-            if swap is None and not self.engine.has_work:
+            if not self.engine.has_work and self.engine.plan.version == self.governor.plan.version:
                 self._wake.wait(IDLE_TICK_S)
                 self._wake.clear()
                 continue

@@ -1,0 +1,144 @@
+"""Settings of `prism-runtime serve`: flags, environment variables, and what they become. Imports nothing heavy."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """Everything `serve` needs to know; fields are the flags of `add_serve_flags` by the same names."""
+
+    artifact: Path
+    served_name: str | None
+    host: str
+    port: int
+    control_port: int
+    metrics_port: int
+    tls_dir: Path | None
+    local_control: Path | None
+    max_sequences: int | None
+    max_context_tokens: int
+    kv_tokens: int | None
+    prefill_tokens_per_step: int | None
+    threads: int
+    pace: str | None
+    pace_start_seconds: float
+    no_profile: bool
+    boot_point: str
+    class_header: str
+    accelerator: str | None
+    service_namespace: str
+    service_name: str
+    service_uid: str | None
+    pod_name: str
+    pod_uid: str
+    image_digest: str
+    drain_grace: float
+    drain_seconds: float
+    watchdog_seconds: float
+    log_level: str
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "ServeSettings":
+        return cls(**{field.name: getattr(arguments, field.name) for field in fields(cls)})
+
+
+class FlagsFromEnvironment:
+    """Adds flags that may also be given as PRISM_* variables: the flag wins, then the variable, then the default."""
+
+    def __init__(self, parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
+        self._parser = parser
+        self._environment = environment
+        self._group: Any = parser
+
+    def group(self, title: str, text: str) -> None:
+        self._group = self._parser.add_argument_group(title, text)
+
+    def add(self, flag: str, text: str, *, default: Any = None, **options: Any) -> None:
+        variable = "PRISM_" + flag.removeprefix("--").upper().replace("-", "_")
+        value = self._environment.get(variable) or default  # set but empty is what an unset chart value renders to
+        shown = "" if default is None else f"; default {default}"
+        self._group.add_argument(flag, default=value, help=f"{text} [{variable}{shown}]", **options)
+
+    def add_switch(self, flag: str, text: str) -> None:
+        variable = "PRISM_" + flag.removeprefix("--").upper().replace("-", "_")
+        on = self._environment.get(variable, "").lower() in ("1", "true", "yes")
+        self._group.add_argument(flag, action="store_true", default=on, help=f"{text} [{variable}=1]")
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"a port must be 0 to 65535; found {value}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; found {value}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 86_400:
+        raise argparse.ArgumentTypeError(f"must be 0 to 86400 seconds; found {text}")
+    return value
+
+
+def add_serve_flags(parser: argparse.ArgumentParser, default_socket: Path) -> None:
+    """Flags of `serve`."""
+    flags = FlagsFromEnvironment(parser, os.environ)
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="folder made by 'prism-runtime refactor'")
+
+    flags.group("addresses", "Where it listens. Port 0 takes a free one; the log line 'serving' names it.")
+    flags.add("--host", "address to bind; pods pass their own IP", default="127.0.0.1")
+    flags.add("--port", "OpenAI-compatible API, /health, /ready, /metrics", default="8000", type=_port)
+    flags.add("--metrics-port", "/metrics alone", default="8082", type=_port)
+    flags.add("--control-port", "control API, mutual TLS; only with --tls-dir", default="8081", type=_port)
+    flags.add(
+        "--tls-dir",
+        "folder with ca.crt, tls.crt, tls.key; waited for if empty, re-read when it changes",
+        type=Path,
+    )
+    flags.add(
+        "--local-control",
+        f"Unix socket for 'prism-runtime budget' on this machine, without a path: {default_socket}",
+        type=Path,
+        nargs="?",
+        const=default_socket,
+        metavar="SOCKET",
+    )
+
+    flags.group("model and engine", "Sizes bound memory; a pace profile sets those that are not given.")
+    flags.add("--served-name", "model name in the API; default: the artifact's source model")
+    flags.add("--max-sequences", "requests that run at once (16)", type=_positive)
+    flags.add("--max-context-tokens", "prompt and answer together", default="512", type=_positive)
+    flags.add("--kv-tokens", "tokens the KV cache holds; default: max-sequences x max-context-tokens", type=_positive)
+    flags.add("--prefill-tokens-per-step", "prompt tokens read in one step (512)", type=_positive)
+    flags.add("--threads", "CPU threads of the model", default="1", type=_positive)
+    flags.add("--boot-point", "operating point until the first directive", default="full")
+    flags.add("--class-header", "request header that names the service class", default="x-prism-class")
+    flags.add("--watchdog-seconds", "longest step before /health fails", default="30", type=_seconds)
+
+    flags.group("profile and pace", "Without a pace, step times are measured at start and published.")
+    flags.add("--pace", "prescribe step times: a shipped profile's name ('demo') or a JSON file", metavar="PROFILE")
+    flags.add("--pace-start-seconds", "not ready before this long after start", default="0", type=_seconds)
+    flags.add_switch("--no-profile", "do not measure a profile at start")
+    flags.add("--accelerator", "name that profile and report carry; default: the pace profile's, else 'cpu'")
+
+    flags.group("pod", "Who this is; the operator sets these.")
+    flags.add("--service-namespace", "namespace of the service", default="local")
+    flags.add("--service-name", "name of the service", default="local")
+    flags.add("--service-uid", "directives of any other service are refused")
+    flags.add("--pod-name", "name in reports", default="local")
+    flags.add("--pod-uid", "uid in reports", default="local")
+    flags.add("--image-digest", "image digest in reports", default="unknown")
+    flags.add("--drain-grace", "after SIGTERM: not ready, still accepting, for so long", default="5", type=_seconds)
+    flags.add("--drain-seconds", "then: finish what was accepted, for at most so long", default="45", type=_seconds)
+    flags.add("--log-level", "debug, info, warning or error", default="info")
