@@ -1,14 +1,19 @@
 """The local cluster is a real Kubernetes: each line here is something that a mock would get wrong."""
 
 import json
-import socket
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.localcluster import images
-from tests.localcluster.cluster import Cluster, leftovers
+from tests.localcluster import binaries, images, paths, plugin
+from tests.localcluster.cluster import GPU, Cluster
 from tests.localcluster.failure import ClusterError
-from tests.localcluster.plugin import CRDS
+from tests.localcluster.process import within
+from tests.localcluster.running import leftovers, recorded
 
 pytestmark = pytest.mark.cluster("nodes=2")
 
@@ -55,7 +60,7 @@ def widgets(cluster: Cluster) -> None:
     cluster.wait_until("widgets are served", lambda: cluster.get("widgets", "-A")["items"] == [])
 
 
-def restricted_pod(image: str, name: str, labels: dict[str, str] | None = None, **pod: object) -> dict[str, object]:
+def restricted_pod(image: str, name: str, labels: dict[str, str] | None = None, **pod: Any) -> dict[str, Any]:
     """A Pod that Pod Security `restricted` admits."""
     context = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}
     container = {"name": "main", "image": image, "securityContext": context} | dict(pod.pop("container", {}))
@@ -135,12 +140,86 @@ def test_a_service_is_reached_by_name_and_its_logs_are_read(cluster: Cluster, na
     assert "CoreDNS" in cluster.kubectl("logs", "-n", namespace, "server")
 
 
-def test_nothing_is_left_after_a_stop_and_a_stale_run_is_ended_by_the_next_start() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    first = Cluster.up("leftovers", nodes=1, port=port, crds=CRDS)
-    assert first.nodes() == ["node-0"]
-    second = Cluster.up("leftovers", nodes=1, port=port, crds=CRDS)
-    assert second.nodes() == ["node-0"]
-    second.down()
-    assert leftovers("leftovers") == []
+@pytest.fixture(scope="module")
+def own_cluster() -> Iterator[Cluster]:
+    """A small cluster that tests may break, beside the shared one."""
+    started = Cluster.up("selftest", nodes=1, gpus_per_node=3)
+    yield started
+    started.down()
+
+
+def records_of_containers(cluster: Cluster) -> str:
+    """What containerd of the first node remembers: containers and sandboxes."""
+    enter = within(cluster.node_pid("node-0"), "-m")
+    ctr = [*enter, str(binaries.path("ctr")), "-a", "/run/containerd/containerd.sock", "-n", "k8s.io"]
+    listed = [
+        subprocess.run([*ctr, kind, "ls"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+        for kind in ("containers", "sandboxes")
+    ]
+    return "\n".join(line for lines in listed for line in lines)
+
+
+def run_a_pod(cluster: Cluster) -> dict[str, Any]:
+    pod = restricted_pod(images.pause().reference, "holder")
+    cluster.kubectl("create", "-f", "-", input=json.dumps(pod))
+    cluster.kubectl("wait", "pod/holder", "--for=condition=Ready", "--timeout=60s")
+    found: dict[str, Any] = cluster.get("pod", "holder")
+    return found
+
+
+def test_a_lost_node_rejoins_with_its_gpus_and_without_its_old_containers(own_cluster: Cluster) -> None:
+    before = run_a_pod(own_cluster)["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
+    assert before in records_of_containers(own_cluster)
+    own_cluster.crash_node("node-0")
+    own_cluster.rejoin_node("node-0")
+    assert own_cluster.get("node", "node-0")["status"]["allocatable"][GPU] == "3"
+
+    def started_anew() -> bool:
+        status = own_cluster.get("pod", "holder")["status"]["containerStatuses"][0]
+        return bool(status["state"].get("running")) and status["containerID"] != f"containerd://{before}"
+
+    own_cluster.wait_until("the Pod runs in a new container", started_anew, timeout_s=60)
+    assert before not in records_of_containers(own_cluster)
+
+
+def test_a_start_after_sigkill_ends_the_stale_run_keeps_images_and_forgets_containers(own_cluster: Cluster) -> None:
+    if not own_cluster.get("pods")["items"]:
+        run_a_pod(own_cluster)
+    held = own_cluster.get("pod", "holder")["status"]["containerStatuses"][0]["containerID"].removeprefix(
+        "containerd://"
+    )
+    stale = recorded(paths.run_folder("selftest"))["controlplane"]
+    stale.kill()
+    with pytest.raises(ClusterError, match="no cluster 'selftest' is running"):
+        Cluster.attach("selftest")
+    again = Cluster.up("selftest", nodes=1)
+    assert again.get("pods")["items"] == []
+    assert held not in records_of_containers(again)
+    run_a_pod(again)
+    told = [event["message"] for event in again.get("events")["items"] if event["reason"] == "Pulled"]
+    assert any("already present on machine" in message for message in told), told
+
+
+def test_an_interrupted_start_and_a_stop_leave_nothing() -> None:
+    argv = [sys.executable, "-m", "tests.localcluster", "up", "--name", "interrupted", "--nodes", "1"]
+    with subprocess.Popen(argv, cwd=paths.REPOSITORY, stdout=-1, stderr=-1, text=True) as start:
+        assert start.stderr is not None
+        first_step = start.stderr.readline()
+        start.send_signal(signal.SIGINT)
+        assert start.wait(timeout=60) == 130, first_step
+    assert "etcd serves" in first_step
+    assert leftovers("interrupted") == []
+
+
+@pytest.mark.parametrize(("in_ci", "outcome"), [(True, pytest.fail.Exception), (False, pytest.skip.Exception)])
+def test_a_missing_cluster_fails_in_ci_and_skips_elsewhere(
+    in_ci: bool, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", "true" if in_ci else "")
+    with pytest.raises(outcome, match="no root"):
+        plugin.unavailable("no root; run it as root")
+
+
+def test_a_marker_tells_what_the_cluster_lacks(cluster: Cluster) -> None:
+    assert plugin.lacking(cluster, ("crd", "own", "nodes=2")) == []
+    assert plugin.lacking(cluster, ("nodes=99", "gpus=8")) == ["nodes=99"]

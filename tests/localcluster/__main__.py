@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.localcluster import binaries, doctor, images, paths
-from tests.localcluster.cluster import DEFAULT_NAME, DEFAULT_PORT, Cluster, leftovers, stop
-from tests.localcluster.failure import ClusterError
+from tests.localcluster.cluster import DEFAULT_NAME, DEFAULT_PORT, Cluster
+from tests.localcluster.failure import CannotRunContainersError, ClusterError
+from tests.localcluster.running import leftovers, stop
 
 EXIT_CANNOT_RUN = 3
 
@@ -36,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     up = command("up", "Start a cluster and print the KUBECONFIG to export.")
     up.add_argument("--nodes", type=int, default=2, help="number of nodes (default 2)")
     up.add_argument("--gpus-per-node", type=int, default=8, help="declared nvidia.com/gpu a node (default 8)")
-    up.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"API server on 127.0.0.1 (default {DEFAULT_PORT})")
+    up.add_argument("--port", type=int, help=f"API server on 127.0.0.1 (default {DEFAULT_PORT}, or a free one)")
     up.add_argument(
         "--crd", type=Path, action="append", default=[], help="CRD file to install before controllers start"
     )
@@ -44,10 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     status = command("status", "Tell what runs.")
     shell = command("shell", "A shell with kubectl and helm on the PATH, in the network of a node.")
     shell.add_argument("--node", default="node-0", help="whose network (default node-0)")
+    env = command("env", 'Print the exports for a terminal: eval "$(python -m tests.localcluster env)"')
     which = command("which", "Print the path of a built binary, for example helm.")
     which.add_argument("binary")
     command("clean", "Remove built binaries, images and node stores from the cache.")
-    for sub in (up, down, status, shell):
+    for sub in (up, down, status, shell, env):
         sub.add_argument("--name", default=DEFAULT_NAME, help=f"name of the cluster (default {DEFAULT_NAME})")
     return parser
 
@@ -92,11 +94,20 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             if left := leftovers(arguments.name):
                 raise ClusterError(f"left behind: {', '.join(left)}")
         case "status":
-            console.print(Cluster.attach(arguments.name).kubectl("get", "nodes,pods", "-A", "-o", "wide"))
+            cluster = Cluster.attach(arguments.name)
+            print(cluster.describe())
+            print(cluster.kubectl("get", "nodes,pods", "-A", "-o", "wide"))
+            print(
+                "Simulated or absent: GPUs (numbers only), many machines, NetworkPolicy, CSI, LoadBalancers, Ingress."
+            )
         case "shell":
             cluster = Cluster.attach(arguments.name)
             shell = [os.environ.get("SHELL", "/bin/bash")]
             return cluster.inside(shell, node=arguments.node, env=cluster.environment()).wait()
+        case "env":
+            cluster = Cluster.attach(arguments.name)
+            print(f"export KUBECONFIG={cluster.kubeconfig}")
+            print(f"export PATH={binaries.search_path()}:$PATH")
         case "which":
             print(binaries.path(arguments.binary))
         case "clean":
@@ -111,8 +122,8 @@ def main() -> int:
     try:
         return _run(arguments, console)
     except ClusterError as error:
-        console.print(f"[red]{error}[/red]", highlight=False)
-        return 1
+        console.print(str(error), style="red", markup=False, highlight=False)
+        return EXIT_CANNOT_RUN if isinstance(error, CannotRunContainersError) else 1
     except KeyboardInterrupt:
         console.print("Interrupted; run the same command again to go on.")
         return 130

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tests.localcluster import paths
+from tests.localcluster import paths, running
 from tests.localcluster.failure import ClusterError
 
 KUBERNETES = "v1.37.2"
@@ -85,7 +85,7 @@ def _environment() -> dict[str, str]:
 
 
 @memoize
-def _go() -> tuple[str, str]:
+def go() -> tuple[str, str]:
     """Path and version of the Go compiler. Raises ClusterError without one."""
     go = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
     if go is None:
@@ -96,7 +96,7 @@ def _go() -> tuple[str, str]:
 def _key(tool: Tool) -> str:
     folder = paths.MODULES / tool.module
     content = [(folder / name).read_bytes() for name in ("go.mod", "go.sum")]
-    content += [tool.ldflags.encode(), " ".join(tool.packages.values()).encode(), _go()[1].encode()]
+    content += [tool.ldflags.encode(), " ".join(tool.packages.values()).encode(), go()[1].encode()]
     return hashlib.sha256(b"\0".join(content)).hexdigest()[:16]
 
 
@@ -128,13 +128,23 @@ def search_path() -> str:
 
 def build(console: Console, only: tuple[str, ...] = ()) -> None:
     """Build what is missing (all, or the modules named in `only`), with progress; safe to interrupt and run again."""
-    wanted = [tool for tool in missing() if not only or tool.module in only]
-    if not wanted:
+    if not _wanted(only):
         return
+    with running.exclusive("building binaries", console):
+        _build_all(_wanted(only), console)
+
+
+def _wanted(only: tuple[str, ...]) -> list[Tool]:
+    return [tool for tool in missing() if not only or tool.module in only]
+
+
+def _build_all(wanted: list[Tool], console: Console) -> None:
     minutes = sum(tool.cold_seconds for tool in wanted) / 60
     console.print(
         f"Building {', '.join(t.module for t in wanted)} from Go modules: up to {minutes:.0f} min, 8 GB of caches."
     )
+    for abandoned in (paths.cache() / "bin").glob(".*-*"):  # by a build that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
     columns = (SpinnerColumn(), TextColumn("{task.description:12}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for tool in wanted:
@@ -158,7 +168,7 @@ def _build_one(tool: Tool, progress: Progress) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{tool.module}-", dir=final.parent))
     try:
         for name, package in tool.packages.items():
-            argv = [_go()[0], "build", "-ldflags", tool.ldflags, "-o", str(scratch / name), package]
+            argv = [go()[0], "build", "-ldflags", tool.ldflags, "-o", str(scratch / name), package]
             run = subprocess.run(
                 argv, cwd=paths.MODULES / tool.module, env=_environment(), capture_output=True, text=True, check=False
             )

@@ -10,18 +10,31 @@ def root(name: str) -> str:
     return f"localkube-{name}"
 
 
+def unified() -> bool:
+    """Whether this is cgroup v2."""
+    return (MOUNT / "cgroup.controllers").exists()
+
+
 def hierarchies() -> list[Path]:
     """Mount points of the controllers; one for cgroup v2."""
-    if (MOUNT / "cgroup.controllers").exists():
+    if unified():
         return [MOUNT]
     return [p for p in MOUNT.iterdir() if p.is_dir() and not p.is_symlink()]
 
 
 def make(cgroup: str) -> None:
-    """Create a cgroup in every hierarchy; cpuset of v1 needs its cpus and memory nodes copied on every level."""
+    """Create a cgroup in every hierarchy, with every controller.
+
+    v1: cpuset needs its cpus and memory nodes copied on every level. v2: each level hands its controllers down, or
+    kubelet does not find them in its root.
+    """
     for hierarchy in hierarchies():
         folder = hierarchy / cgroup
         folder.mkdir(parents=True, exist_ok=True)
+        if unified():
+            for level in (hierarchy, folder.parent):
+                controllers = (level / "cgroup.controllers").read_text().split()
+                (level / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
         if hierarchy.name == "cpuset":
             for level in (folder.parent, folder):
                 for file in ("cpuset.cpus", "cpuset.mems"):

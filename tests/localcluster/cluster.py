@@ -1,33 +1,38 @@
 """A running cluster, as tests, the demo and the command line see it."""
 
 import contextlib
+import datetime
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tests.localcluster import binaries, certs, cgroups, doctor, images, network, paths
+from tests.localcluster import binaries, certs, cgroups, doctor, images, network, paths, running
 from tests.localcluster.failure import ClusterError
 from tests.localcluster.process import Process, check, child_of, isolated, within
 
 DEFAULT_NAME, DEFAULT_PORT = "prism", 6443
 START_TIMEOUT_S = 150
 GPU = "nvidia.com/gpu"
+COREDNS = Path(__file__).with_name("coredns.yaml")
 
 
 class Cluster:
     """Use `up` to start one, `attach` for one that runs, `existing` for a user's own."""
 
-    def __init__(self, name: str, kubeconfig: Path, processes: dict[str, Process]) -> None:
-        self.name, self.kubeconfig = name, kubeconfig
+    def __init__(self, name: str, kubeconfig: Path, processes: dict[str, Process], origin: str) -> None:
+        self.name, self.kubeconfig, self.origin = name, kubeconfig, origin
         self._processes = processes
         self.start_seconds: float | None = None
 
@@ -39,80 +44,126 @@ class Cluster:
         *,
         nodes: int = 2,
         gpus_per_node: int = 8,
-        port: int = DEFAULT_PORT,
+        port: int | None = None,
         crds: tuple[Path, ...] = (),
         console: Console | None = None,
     ) -> "Cluster":
-        """Start a cluster; a stale run of the same name is ended first. Raises ClusterError with what to do."""
+        """Start a cluster; a run of the same name is ended first.
+
+        port: where the API server listens on 127.0.0.1; by default 6443, or any free one if that is taken.
+        crds: installed before the controller manager starts; its garbage collector learns of later ones after 30 s.
+        Raises ClusterError that says what to do, CannotRunContainersError where nothing helps.
+        """
         console = console or Console()
         doctor.require(nodes)
         binaries.build(console)
         images.ensure(console, [image() for image in images.CLUSTER_IMAGES])
-        stop(name)
-        free = doctor.port(port)
-        if not free.ok:
-            raise ClusterError(f"{free.what}: {free.found}. To do: {free.cure}.")
-        started = time.monotonic()
-        run = paths.run_folder(name)
-        run.mkdir(parents=True)
-        outside = f"https://127.0.0.1:{port}"
-        certs.write_all(run / "pki", nodes, f"https://{network.HOST}:{network.API_PORT}", outside)
-        settings = {"name": name, "nodes": nodes, "crds": [str(path.resolve()) for path in crds]}
-        (run / "settings.json").write_text(json.dumps(settings))
-        try:
-            with console.status(f"Starting Kubernetes {binaries.KUBERNETES} with {nodes} nodes"):
-                cluster = cls._start(name, run, port)
-                cluster._wait_for_nodes(nodes)
-                cluster._declare_gpus(nodes, gpus_per_node)
-                manifest = Path(__file__).with_name("coredns.yaml").read_text()
-                cluster.kubectl("apply", "-f", "-", input=manifest.replace("COREDNS_IMAGE", images.coredns().reference))
-        except BaseException:
-            stop(name, keep_logs=True)
-            raise
+        with running.exclusive(f"starting cluster {name}", console):
+            running.stop(name)
+            started = time.monotonic()
+            run, port = paths.run_folder(name), _free_port(port)
+            settings = {"name": name, "nodes": nodes, "gpus_per_node": gpus_per_node}
+            try:
+                run.mkdir(parents=True)
+                outside = f"https://127.0.0.1:{port}"
+                certs.write_all(run / "pki", nodes, f"https://{network.HOST}:{network.API_PORT}", outside)
+                crd_files = {"crds": [str(path.resolve()) for path in crds]}
+                (run / "settings.json").write_text(json.dumps(settings | crd_files))
+                cluster = cls._start(name, run, port, Steps(console, run / "steps", started))
+            except BaseException:
+                running.stop(name, keep_logs=True)
+                raise
         cluster.start_seconds = time.monotonic() - started
-        console.print(f"Kubernetes {binaries.KUBERNETES}: {nodes} nodes Ready in {cluster.start_seconds:.1f} s")
         return cluster
 
     @classmethod
-    def _start(cls, name: str, run: Path, port: int) -> "Cluster":
+    def _start(cls, name: str, run: Path, port: int, steps: "Steps") -> "Cluster":
         module = [sys.executable, "-m", "tests.localcluster.controlplane", str(run)]
-        outer = _detached([*isolated(), *module], run / "controlplane.log")
+        outer = running.detached([*isolated(), *module], run / "controlplane.log")
         deadline = time.monotonic() + START_TIMEOUT_S
-        while (inner := child_of(outer)) is None:
+        while (inner := child_of(outer.pid)) is None:
             _give_up_after(deadline, run, "the control plane's namespaces")
         processes = {"controlplane": Process.of(inner)}
-        _record(run, processes)
+        running.record(run, processes)
         while not (run / "ready").exists():
+            steps.follow()
             if (run / "failed").exists():
                 raise ClusterError((run / "failed").read_text())
             if not processes["controlplane"].alive:
-                raise ClusterError(f"the control plane ended; its log: {run}/controlplane.log")
+                raise ClusterError(f"the control plane ended; its log: {run}.failed/controlplane.log")
             _give_up_after(deadline, run, "the control plane")
+        steps.follow()
         forward = [sys.executable, "-m", "tests.localcluster.forward", str(port), str(inner)]
-        api = [network.HOST, str(network.API_PORT)]
-        processes["forward"] = Process.of(_detached([*forward, *api], run / "forward.log"))
-        _record(run, processes)
-        return cls(name, run / "kubeconfig", processes)
+        processes["forward"] = running.detached([*forward, network.HOST, str(network.API_PORT)], run / "forward.log")
+        running.record(run, processes)
+        cluster = cls(name, run / "kubeconfig", processes, "started now")
+        names = [network.node_name(index) for index in range(cluster._settings()["nodes"])]
+        cluster._wait_for_nodes(names, since=None)
+        cluster.kubectl(
+            "apply", "-f", "-", input=COREDNS.read_text().replace("COREDNS_IMAGE", images.coredns().reference)
+        )
+        cluster.wait_for_namespace("default")
+        steps.tell(f"Kubernetes {binaries.KUBERNETES}: {len(names)} nodes Ready")
+        return cluster
 
     @classmethod
     def attach(cls, name: str = DEFAULT_NAME) -> "Cluster":
         """A cluster that runs. Raises ClusterError if there is none of that name."""
-        processes = _recorded(paths.run_folder(name))
+        processes = running.recorded(paths.run_folder(name))
         if "forward" not in processes or not all(p.alive for p in processes.values()):
             raise ClusterError(f"no cluster '{name}' is running; run: python -m tests.localcluster up --name {name}")
-        return cls(name, paths.run_folder(name) / "kubeconfig", processes)
+        return cls(name, paths.run_folder(name) / "kubeconfig", processes, "was running")
+
+    @classmethod
+    def existing(cls) -> "Cluster":
+        """The user's own cluster of KUBECONFIG, with the kubectl and helm of PATH; its images are the user's business.
+
+        Only `kubectl`, `helm`, `get`, `wait_until`, `image` and what builds on them work on it.
+        """
+        file = Path(os.environ.get("KUBECONFIG", ""))
+        if not file.is_file():
+            raise ClusterError(f"KUBECONFIG is '{file}', which is no file; point it at the kubeconfig to use.")
+        cluster = cls("", file, {}, "the user's own")
+        cluster.name = cluster.kubectl("config", "current-context").strip()
+        return cluster
+
+    @property
+    def own(self) -> bool:
+        """Whether it is ours to crash and to stop; false for `existing`."""
+        return bool(self._processes)
 
     def down(self) -> None:
-        """End it; nothing is left but caches."""
-        stop(self.name)
+        """End it; nothing is left but caches. A user's own cluster is left alone."""
+        if self.own:
+            running.stop(self.name)
+
+    def describe(self) -> str:
+        """One line: where it comes from and which versions run."""
+        server = json.loads(self.kubectl("version", "-o", "json"))["serverVersion"]["gitVersion"]
+        items = self.get("nodes")["items"]
+        runtimes = {item["status"]["nodeInfo"]["containerRuntimeVersion"] for item in items}
+        etcd = ""
+        if self.own:
+            told = check([str(binaries.path("etcd")), "--version"], what="etcd --version")
+            etcd = f", etcd {told.splitlines()[0].split()[-1]}"
+        name = f"cluster '{self.name}' ({self.origin})"
+        return f"{name}: Kubernetes {server}{etcd}, {', '.join(sorted(runtimes))}, {len(items)} nodes"
 
     # ---- tools --------------------------------------------------------------------------------------------------
     def environment(self) -> dict[str, str]:
-        return os.environ | {"KUBECONFIG": str(self.kubeconfig), "PATH": binaries.search_path()}
+        """What kubectl, helm and Kubernetes clients need; the built kubectl and helm come first in PATH."""
+        path = binaries.search_path() if self.own else os.environ["PATH"]
+        return os.environ | {"KUBECONFIG": str(self.kubeconfig), "PATH": path}
+
+    def _tool(self, name: str) -> str:
+        found = str(binaries.path(name)) if self.own else shutil.which(name)
+        if found is None:
+            raise ClusterError(f"{name} is not in PATH; a cluster of your own is used with your own {name}.")
+        return found
 
     def kubectl(self, *arguments: str, input: str | None = None) -> str:
         """Output of kubectl. Raises ClusterError with its message if it fails."""
-        argv = [str(binaries.path("kubectl")), *arguments]
+        argv = [self._tool("kubectl"), *arguments]
         return check(argv, what=f"kubectl {' '.join(arguments[:6])}", input=input, env=self.environment())
 
     def get(self, *arguments: str) -> Any:
@@ -120,8 +171,32 @@ class Cluster:
         return json.loads(self.kubectl("get", *arguments, "-o", "json"))
 
     def helm(self, *arguments: str) -> str:
-        argv = [str(binaries.path("helm")), *arguments]
+        """Output of helm. Raises ClusterError with its message if it fails."""
+        argv = [self._tool("helm"), *arguments]
         return check(argv, what=f"helm {' '.join(arguments[:4])}", env=self.environment())
+
+    def image(self, name: str, console: Console | None = None) -> str:
+        """Reference of the project's image `operator`, `runtime` or `model` for Pods; built and pushed if it is new.
+
+        On a user's own cluster it is PRISM_IMAGE_PREFIX/NAME:VERSION, which the user has pushed.
+        """
+        if self.own:
+            image = images.project_image(name)
+            images.ensure(console or Console(stderr=True), [image])
+            return image.reference
+        prefix = os.environ.get("PRISM_IMAGE_PREFIX")
+        if not prefix:
+            raise ClusterError(
+                f"The cluster cannot pull image '{name}': build and push it, and set PRISM_IMAGE_PREFIX, for example "
+                "to registry.example/moeprism."
+            )
+        version = tomllib.loads((paths.REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+        return f"{prefix}/{name}:{version}"
+
+    def wait_for_namespace(self, namespace: str) -> None:
+        """Until it has its `default` ServiceAccount, without which it refuses Pods."""
+        arguments = ("serviceaccount", "default", "-n", namespace)
+        self.wait_until(f"namespace {namespace} is usable", lambda: bool(self.get(*arguments)))
 
     def wait_until(self, what: str, ready: Callable[[], bool], timeout_s: float = 60) -> None:
         """Poll a condition. Raises ClusterError that says what was last seen."""
@@ -131,7 +206,7 @@ class Cluster:
                 if ready():
                     return
                 last = "not true"
-            except (ClusterError, KeyError, IndexError) as error:
+            except (ClusterError, LookupError, StopIteration) as error:
                 last = str(error)
             if time.monotonic() > deadline:
                 raise ClusterError(f"after {timeout_s:.0f} s still waiting until {what}; last seen: {last}")
@@ -140,8 +215,26 @@ class Cluster:
     # ---- places -------------------------------------------------------------------------------------------------
     def inside(self, argv: list[str], *, node: str | None = None, **options: Any) -> "subprocess.Popen[Any]":
         """Start a command in the control plane's network (reaches Pods) or in a node's (reaches Services too)."""
-        pid = self.node_pid(node) if node else self._processes["controlplane"].pid
+        pid = self.node_pid(node) if node else self._control_plane_pid()
         return subprocess.Popen([*within(pid), *argv], **options)
+
+    def run_inside(self, argv: list[str], *, node: str | None = None, timeout_s: float = 60) -> str:
+        """Output of a command run there. Raises ClusterError if it fails or takes longer."""
+        process = self.inside(argv, node=node, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            output, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            process.communicate()
+            raise ClusterError(f"{' '.join(argv[:4])} did not end in {timeout_s:.0f} s inside the cluster") from error
+        if process.returncode:
+            raise ClusterError(f"{' '.join(argv[:4])} failed (exit {process.returncode}) inside the cluster:\n{errors}")
+        return str(output)
+
+    def _control_plane_pid(self) -> int:
+        if not self.own:
+            raise ClusterError(f"cluster '{self.name}' is the user's own: its network cannot be entered from here")
+        return self._processes["controlplane"].pid
 
     @contextmanager
     def forward(self, local_port: int, address: str, port: int, *, node: str = "node-0") -> Iterator[str]:
@@ -176,6 +269,15 @@ class Cluster:
         """SIGKILL to a node's pid 1: its kubelet, containers and addresses are gone at once."""
         Process.of(self.node_pid(node)).kill()
 
+    def rejoin_node(self, node: str) -> None:
+        """Start a lost node again, as after a reboot; returns when it is Ready and its GPUs are declared."""
+        since = datetime.datetime.now(datetime.UTC)
+        run, index = paths.run_folder(self.name), node.removeprefix("node-")
+        module = [sys.executable, "-m", "tests.localcluster.controlplane", str(run), index]
+        argv = [*within(self._control_plane_pid(), "-m", "-p", f"--wd={paths.REPOSITORY}"), *module]
+        check(argv, what=f"starting {node} again")
+        self._wait_for_nodes([node], since)
+
     def container_pid(self, namespace: str, pod: str) -> int:
         """This machine's pid of a Pod's first process (of its first container), by the container's cgroup."""
         status = self.get("pod", pod, "-n", namespace)["status"]["containerStatuses"][0]
@@ -187,69 +289,60 @@ class Cluster:
         raise ClusterError(f"no process found of pod {namespace}/{pod}")
 
     # ---- starting -----------------------------------------------------------------------------------------------
-    def _wait_for_nodes(self, count: int) -> None:
-        def ready() -> bool:
-            items = self.get("nodes")["items"]
-            conditions = [c for item in items for c in item["status"].get("conditions", ()) if c["type"] == "Ready"]
-            return sum(c["status"] == "True" for c in conditions) == count
+    def _settings(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((paths.run_folder(self.name) / "settings.json").read_text())
+        return content
 
-        self.wait_until(f"{count} nodes are Ready", ready, START_TIMEOUT_S)
+    def _wait_for_nodes(self, names: list[str], since: datetime.datetime | None) -> None:
+        """Until they are Ready, by a heartbeat after `since`, with their GPUs.
 
-    def _declare_gpus(self, nodes: int, count: int) -> None:
-        patch = json.dumps({"status": {"capacity": {GPU: str(count)}, "allocatable": {GPU: str(count)}}})
-        for index in range(nodes):
-            arguments = ("patch", "node", network.node_name(index), "--subresource=status", "--type=merge")
-            self.kubectl(*arguments, "-p", patch)
+        A kubelet that registers again sets extended resources to zero, so they are declared after its first heartbeat.
+        """
+
+        def ready(name: str) -> bool:
+            conditions = self.get("node", name)["status"].get("conditions", ())
+            condition = next(c for c in conditions if c["type"] == "Ready")
+            heartbeat = datetime.datetime.fromisoformat(condition["lastHeartbeatTime"])
+            return condition["status"] == "True" and (since is None or heartbeat > since)
+
+        count = str(self._settings()["gpus_per_node"])
+        patch = json.dumps({"status": {"capacity": {GPU: count}, "allocatable": {GPU: count}}})
+        for name in names:
+            self.wait_until(f"{name} is Ready", partial(ready, name), START_TIMEOUT_S)
+            self.kubectl("patch", "node", name, "--subresource=status", "--type=merge", "-p", patch)
 
 
-def _detached(argv: list[str], log: Path) -> int:
-    """Start a process that outlives this one; its pid."""
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=paths.REPOSITORY, start_new_session=True
-        ).pid
+class Steps:
+    """Prints what a start does, with the seconds since it began; the control plane writes its part into a file."""
+
+    def __init__(self, console: Console, file: Path, started: float) -> None:
+        self.console, self.file, self.started, self.told = console, file, started, 0
+
+    def tell(self, step: str) -> None:
+        self.console.print(f"  {time.monotonic() - self.started:5.1f} s  {step}", highlight=False)
+
+    def follow(self) -> None:
+        if self.file.exists():
+            lines = self.file.read_text().splitlines()
+            for line in lines[self.told :]:
+                self.tell(line)
+            self.told = len(lines)
+
+
+def _free_port(wanted: int | None) -> int:
+    if wanted is not None:
+        finding = doctor.port(wanted)
+        if not finding.ok:
+            raise ClusterError(f"{finding.what}: {finding.found}. To do: {finding.cure}.")
+        return wanted
+    if doctor.port(DEFAULT_PORT).ok:
+        return DEFAULT_PORT
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _give_up_after(deadline: float, run: Path, what: str) -> None:
     if time.monotonic() > deadline:
-        raise ClusterError(f"{what} did not start in {START_TIMEOUT_S} s; logs: {run}/*.log")
+        raise ClusterError(f"{what} did not start in {START_TIMEOUT_S} s; logs: {run}.failed/*.log")
     time.sleep(0.05)
-
-
-def _record(run: Path, processes: dict[str, Process]) -> None:
-    (run / "processes.json").write_text(json.dumps({role: str(process) for role, process in processes.items()}))
-
-
-def _recorded(run: Path) -> dict[str, Process]:
-    file = run / "processes.json"
-    if not file.exists():
-        return {}
-    return {role: Process.parse(text) for role, text in json.loads(file.read_text()).items()}
-
-
-def stop(name: str, *, keep_logs: bool = False) -> None:
-    """End whatever runs under a name, also a stale or half-started one, and remove what it left."""
-    run = paths.run_folder(name)
-    for process in _recorded(run).values():
-        process.kill()
-    cgroups.remove(name)
-    if keep_logs:
-        kept = run.with_name(f"{name}.failed")
-        shutil.rmtree(kept, ignore_errors=True)
-        if run.exists():
-            run.rename(kept)
-    shutil.rmtree(run, ignore_errors=True)
-
-
-def leftovers(name: str) -> list[str]:
-    """What a stopped cluster still has: processes, mounts, cgroups, run folder. Empty after `stop`."""
-    run = str(paths.run_folder(name))
-    left = [str(folder) for folder in cgroups.folders(name)]
-    left += [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if run in line]
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if folder.name.isdigit() and run.encode() in (folder / "cmdline").read_bytes():
-                left.append(f"process {folder.name}")
-    if Path(run).exists():
-        left.append(run)
-    return left

@@ -1,13 +1,15 @@
 """Pid 1 of the control plane's namespaces: etcd, API server, controller manager, scheduler, registry, and the nodes.
 
-    python -m tests.localcluster.controlplane RUN_FOLDER
+    python -m tests.localcluster.controlplane RUN_FOLDER [NODE_INDEX]
 
-Started by cluster.py. It writes `ready` when the API server serves and every node process runs, and reaps orphans until
+Started by cluster.py; with a node's index it only joins that node, from inside the namespaces of a control plane that
+runs. Else it writes `ready` when the API server serves and every node process runs, and reaps orphans until
 it is killed; SIGKILL to it ends every process, address, mount and rule of the cluster at once.
 """
 
 import json
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -38,13 +40,20 @@ class ControlPlane:
     def start(self) -> None:
         self._network()
         self._etcd()
+        self._told("etcd serves")
         self._apiserver()
+        self._told("API server is ready")
         self._install_crds()
         self._controllers()
         self._registry()
+        self._told("controllers, scheduler and registry run")
         for index in range(self.settings["nodes"]):
-            self._node(index)
+            self.join(index)
         (self.run / "ready").touch()
+
+    def _told(self, step: str) -> None:
+        with (self.run / "steps").open("a") as steps:
+            steps.write(f"{step}\n")
 
     def _network(self) -> None:
         # Without a default route a Service address is "unreachable" before NAT sees it.
@@ -157,23 +166,26 @@ class ControlPlane:
         self._spawn("registry", "docker-registry", "serve", config)
         self._wait("the registry", lambda: self._get(f"http://{network.HOST}:{network.REGISTRY_PORT}/v2/") is not None)
 
-    def _node(self, index: int) -> None:
+    def join(self, index: int) -> None:
+        """Start a node, or start one again that was lost."""
         name = network.node_name(index)
         folder = self.run / name
         folder.mkdir(exist_ok=True)
+        for stale in ("waiting", "connected", "pid"):
+            (folder / stale).unlink(missing_ok=True)
         module = [sys.executable, "-m", "tests.localcluster.node", str(self.run), str(index)]
         self._spawn(name, *isolated("--uts"), *module)
+        link = f"n{index}"
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not (folder / "waiting").exists():
+        while not (folder / "waiting").exists() or link in [name for _, name in socket.if_nameindex()]:
             if time.monotonic() > deadline or self.processes[name].poll() is not None:
                 raise ClusterError(f"{name} did not start; its log: {self.run / name}.log")
             time.sleep(0.02)
         inside = child_of(self.processes[name].pid)
-        link = f"n{index}"
         for command in (
             f"ip link add {link} type veth peer name eth0 netns {inside}",
             f"ip link set {link} master lan0 up",
-            f"ip route add {network.pod_range(index)} via {network.node_address(index)}",
+            f"ip route replace {network.pod_range(index)} via {network.node_address(index)}",
         ):
             subprocess.run(command.split(), check=True)
         # Pids as this namespace counts them; cluster.py translates them.
@@ -183,6 +195,9 @@ class ControlPlane:
 
 def main() -> None:
     control_plane = ControlPlane(Path(sys.argv[1]))
+    if sys.argv[2:]:
+        control_plane.join(int(sys.argv[2]))
+        return
     try:
         control_plane.start()
     except (ClusterError, subprocess.CalledProcessError, urllib.error.URLError) as error:

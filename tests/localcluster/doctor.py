@@ -2,15 +2,17 @@
 
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
+import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.localcluster import binaries, cgroups, images, paths
-from tests.localcluster.failure import ClusterError
+from tests.localcluster import binaries, cgroups, images, paths, process
+from tests.localcluster.failure import CannotRunContainersError, ClusterError
 
 DEBIAN_PACKAGES = {
     "runc": "/usr/sbin/runc",
@@ -52,7 +54,8 @@ def check(nodes: int = 2) -> list[Finding]:
     fatal = cannot_run_containers()
     if any(not finding.ok for finding in fatal):
         return fatal
-    return [*fatal, packages(), go(), disk(nodes)]
+    installed = packages()
+    return [*fatal, installed, *([kernel()] if installed.ok else []), go(), disk(nodes)]
 
 
 def cannot_run_containers() -> list[Finding]:
@@ -65,23 +68,7 @@ def cannot_run_containers() -> list[Finding]:
 
 
 def _namespaces() -> Finding:
-    argv = [
-        "unshare",
-        "--net",
-        "--mount",
-        "--uts",
-        "--pid",
-        "--fork",
-        "--mount-proc",
-        "ip",
-        "link",
-        "add",
-        "type",
-        "bridge",
-    ]
-    run = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if run.returncode and "ip" in run.stderr and "No such file" in run.stderr:  # iproute2 is told by packages()
-        run = subprocess.run([*argv[:7], "true"], capture_output=True, text=True, check=False)
+    run = subprocess.run([*process.isolated("--uts"), "true"], capture_output=True, text=True, check=False)
     cure = "allow CAP_SYS_ADMIN and CAP_NET_ADMIN, or use another machine"
     return Finding("namespaces", run.returncode == 0, run.stderr.strip() or "can be made", cure, fatal=True)
 
@@ -94,8 +81,30 @@ def _writable_cgroups() -> Finding:
             (hierarchy / probe).rmdir()
     except OSError as error:
         return Finding("cgroups", False, str(error), "mount the cgroup file systems writable", fatal=True)
-    version = "v2" if (cgroups.MOUNT / "cgroup.controllers").exists() else "v1"
-    return Finding("cgroups", True, f"{version}, writable", fatal=True)
+    return Finding("cgroups", True, f"{'v2' if cgroups.unified() else 'v1'}, writable", fatal=True)
+
+
+KERNEL_PROBES = {
+    "bridges": "ip link add probe0 type bridge",
+    "veth pairs": "ip link add probe1 type veth peer name probe2",
+    "nftables": "nft add table ip probe",
+    "overlay mounts in the cache folder": "mkdir {0}/l {0}/u {0}/w {0}/m && "
+    "mount -t overlay overlay -o lowerdir={0}/l,upperdir={0}/u,workdir={0}/w {0}/m",
+}
+
+
+def kernel() -> Finding:
+    """Each feature is tried in namespaces of its own, so nothing of it stays."""
+    paths.cache().mkdir(parents=True, exist_ok=True)
+    lacking = []
+    for feature, command in KERNEL_PROBES.items():
+        with tempfile.TemporaryDirectory(prefix="probe-", dir=paths.cache()) as folder:
+            argv = [*process.isolated(), "sh", "-c", command.format(shlex.quote(folder))]
+            run = subprocess.run(argv, capture_output=True, text=True, check=False)
+            if run.returncode:
+                lacking.append(f"no {feature} ({run.stderr.strip()})")
+    cure = "load the modules bridge, veth, nf_tables, overlay; PRISM_CACHE on ext4 or xfs, not on an overlay"
+    return Finding("kernel", not lacking, ", ".join(lacking) or ", ".join(KERNEL_PROBES), cure)
 
 
 def packages() -> Finding:
@@ -110,7 +119,7 @@ def go() -> Finding:
     needed = re.search(r"^go (\d+)\.(\d+)", (paths.MODULES / "k8s/go.mod").read_text(), re.MULTILINE)
     assert needed is not None
     try:
-        version = binaries._go()[1]
+        version = binaries.go()[1]
     except ClusterError as error:
         return Finding("Go", False, str(error), "install Go 1.26 or newer")
     found = re.search(r"go(\d+)\.(\d+)", version)
@@ -123,7 +132,7 @@ def needed_gigabytes(nodes: int) -> int:
     """Disk that the steps still to be done will write."""
     built = not binaries.missing()
     total = 0 if built else GIGABYTES["binaries"]
-    pushed = images._pushed()
+    pushed = images.pushed()
     if not any("/runtime:" in reference for reference in pushed):
         total += GIGABYTES["images"]
     stores = paths.cache() / "nodes"
@@ -170,5 +179,5 @@ def require(nodes: int = 2) -> None:
         return
     lines = [f"{finding.what}: {finding.found}. To do: {finding.cure}." for finding in broken]
     if any(finding.fatal for finding in broken):
-        lines = ["This machine cannot run containers.", *lines, WAYS_ON]
+        raise CannotRunContainersError("\n".join(["This machine cannot run containers.", *lines, WAYS_ON]))
     raise ClusterError("\n".join(lines))

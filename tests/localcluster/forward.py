@@ -7,7 +7,6 @@ every connection it opens starts there.
 """
 
 import asyncio
-import contextlib
 import ctypes
 import os
 import socket
@@ -28,15 +27,21 @@ def join_network_namespace(pid: int) -> None:
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
+    try:
         while data := await reader.read(65536):
             writer.write(data)
             await writer.drain()
         if writer.can_write_eof():
             writer.write_eof()
+    except OSError:  # the other side was faster to close
+        writer.close()
 
 
-async def serve(listener: socket.socket, address: str, port: int) -> None:
+async def serve(listener: socket.socket, address: str, port: int, target: int) -> None:
+    """Forward until the target, a pidfd, has ended: a port must not outlive what is behind it."""
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(target, ended.set)
+
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             target_reader, target_writer = await asyncio.open_connection(address, port)
@@ -48,14 +53,17 @@ async def serve(listener: socket.socket, address: str, port: int) -> None:
             stream.close()
 
     server = await asyncio.start_server(connected, sock=listener)
-    await server.serve_forever()
+    await ended.wait()
+    server.close()
+    os._exit(0)  # connections that are still open lead nowhere
 
 
 def main() -> None:
     listen_port, pid, address, port = sys.argv[1:]
     listener = socket.create_server(("127.0.0.1", int(listen_port)))
+    target = os.pidfd_open(int(pid))
     join_network_namespace(int(pid))
-    asyncio.run(serve(listener, address, int(port)))
+    asyncio.run(serve(listener, address, int(port), target))
 
 
 if __name__ == "__main__":

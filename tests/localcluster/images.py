@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.localcluster import binaries, paths, process
+from tests.localcluster import binaries, package_index, paths, process, running
 from tests.localcluster.failure import ClusterError
 
 HERE = Path(__file__).with_name("images")
@@ -122,8 +122,12 @@ def _build_from_dockerfile(image: Image) -> None:
     """The project's Dockerfile, over the Debian base that stands in for python:3.11-slim-bookworm."""
     argv = _buildah("bud", "--layers", "--isolation", "chroot", "--network", "host")
     argv += ["-v", f"{CERTIFICATES}:{CERTIFICATES}:ro", "--build-arg", f"BASE={base().local}"]
-    argv += ["-f", str(paths.REPOSITORY / image.name / "Dockerfile"), "-t", image.local, str(paths.REPOSITORY)]
-    process.check(argv, what=f"building image {image.name}")
+    with _scratch() as folder:
+        if settings := package_index.as_shell():
+            (folder / "package-index").write_text(settings)
+            argv += ["--secret", f"id=package-index,src={folder / 'package-index'}"]
+        argv += ["-f", str(paths.REPOSITORY / image.name / "Dockerfile"), "-t", image.local, str(paths.REPOSITORY)]
+        process.check(argv, what=f"building image {image.name}")
 
 
 def _build_model(image: Image) -> None:
@@ -170,12 +174,34 @@ PROJECT_IMAGES = (operator, runtime, model)
 """Functions, because a tag needs the sources and the built binaries, which may not be there at import."""
 
 
+def project_image(name: str) -> Image:
+    """The image of that name as the checkout's sources make it."""
+    for image in PROJECT_IMAGES:
+        if image.__name__ == name:
+            return image()
+    raise ClusterError(f"No image is called '{name}'; there are {', '.join(i.__name__ for i in PROJECT_IMAGES)}.")
+
+
 def _pushed_file() -> Path:
     return paths.registry_store() / "pushed.json"
 
 
-def _pushed() -> set[str]:
+def pushed() -> set[str]:
+    """References that the registry's storage holds."""
     return set(json.loads(_pushed_file().read_text())) if _pushed_file().exists() else set()
+
+
+def _note_pushed(image: Image) -> None:
+    scratch = _pushed_file().with_suffix(".new")
+    scratch.write_text(json.dumps(sorted(pushed() | {image.reference})))
+    scratch.rename(_pushed_file())
+
+
+def _remove_abandoned() -> None:
+    """What killed builds left: working containers (a half-installed torch is 6 GB) and scratch folders."""
+    process.check(_buildah("rm", "--all"), what="removing abandoned build containers")
+    for folder in paths.cache().glob("image-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _exists(image: Image) -> bool:
@@ -185,9 +211,14 @@ def _exists(image: Image) -> bool:
 
 def ensure(console: Console, images: list[Image]) -> None:
     """Build and push what is missing; safe to interrupt and run again."""
-    wanted = [image for image in images if image.reference not in _pushed()]
-    if not wanted:
+    if all(image.reference in pushed() for image in images):
         return
+    with running.exclusive("building images", console):
+        _build_and_push([image for image in images if image.reference not in pushed()], console)
+
+
+def _build_and_push(wanted: list[Image], console: Console) -> None:
+    _remove_abandoned()
     needs_base = any(image.build is _build_from_dockerfile and not _exists(image) for image in wanted)
     for image in [*([base()] if needs_base else []), *wanted]:
         if _exists(image):
@@ -203,7 +234,7 @@ def ensure(console: Console, images: list[Image]) -> None:
                 target = f"docker://{address}/{image.reference.split('/', 1)[1]}"
                 argv = _buildah("push", "-q", "--tls-verify=false", image.local, target)
                 process.check(argv, what=f"pushing image {image.name}")
-            _pushed_file().write_text(json.dumps(sorted(_pushed() | {image.reference})))
+            _note_pushed(image)
             console.print(f"  image {image.name}: pushed in {time.monotonic() - started:.0f} s")
 
 

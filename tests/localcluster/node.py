@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.localcluster import binaries, cgroups, images, network, paths
 from tests.localcluster.failure import ClusterError
+from tests.localcluster.process import check
 
 SOCKET = "/run/containerd/containerd.sock"
 """/run is the node's own tmpfs, so every node may use the same path."""
@@ -30,6 +31,7 @@ class Node:
         self.environment = os.environ | {"PATH": binaries.search_path()}  # containerd finds its shim there
 
     def start(self) -> None:
+        shutil.rmtree(self.here / "ipam", ignore_errors=True)  # addresses of Pods that a lost node took with it
         (self.here / "waiting").touch()
         while not (self.here / "connected").exists():
             time.sleep(0.02)
@@ -133,6 +135,9 @@ disabled_plugins = {json.dumps(disabled)}
     def _ctr(self) -> list[str]:
         return [str(binaries.path("ctr")), "-a", SOCKET, "-n", "k8s.io"]
 
+    def _ask(self, *arguments: str) -> str:
+        return check([*self._ctr(), *arguments], what=f"ctr {' '.join(arguments[:2])} on {self.name}")
+
     def _forget_earlier_containers(self) -> None:
         """Images survive in the store, and so would the records of containers that a stop has killed.
 
@@ -144,10 +149,10 @@ disabled_plugins = {json.dumps(disabled)}
         config = self._containerd_config(disabled=("io.containerd.nri.v1.nri", "io.containerd.grpc.v1.cri"))
         process = self._spawn("containerd", binaries.path("containerd"), "-c", config)
         self._serve(process)
-        ctr = self._ctr()
-        listed = subprocess.run([*ctr, "containers", "ls", "-q"], capture_output=True, text=True, check=True)
-        if containers := listed.stdout.split():
-            subprocess.run([*ctr, "containers", "rm", *containers], capture_output=True, check=True)
+        if containers := self._ask("containers", "ls", "-q").split():
+            self._ask("containers", "rm", *containers)
+        for line in self._ask("sandboxes", "ls").splitlines()[1:]:
+            self._ask("sandboxes", "rm", "--force", line.split()[0])
         process.terminate()
         process.wait(timeout=START_TIMEOUT_S)
         shutil.rmtree(self.store / "io.containerd.grpc.v1.cri", ignore_errors=True)

@@ -1,5 +1,7 @@
 """Processes of a cluster: found by pid and start time, never by name, so that a reused pid is never hit."""
 
+import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -32,11 +34,20 @@ class Process:
     def alive(self) -> bool:
         return _start_ticks(self.pid) == self.started
 
+    def is_module(self, name: str) -> bool:
+        """Whether it runs `python -m name`, itself or through a command that it starts."""
+        try:
+            arguments = Path(f"/proc/{self.pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return ("-m", name) in itertools.pairwise(arguments)
+
     def kill(self, timeout_s: float = 20) -> None:
         """SIGKILL and wait until it is gone."""
         deadline = time.monotonic() + timeout_s
         while self.alive:
-            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
             if time.monotonic() > deadline:
                 raise ClusterError(f"process {self.pid} does not end after SIGKILL; look at /proc/{self.pid}/stack")
             time.sleep(0.05)
