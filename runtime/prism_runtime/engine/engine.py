@@ -1,0 +1,277 @@
+"""The engine: continuous batching over an elastic model, one iteration per `step()`."""
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prism_api.manifest import Manifest
+from prism_api.points import Ladder
+from prism_runtime.engine.cache import BlockBudget, blocks_for
+from prism_runtime.engine.model import Chunk, ElasticModel, load_pretrained
+from prism_runtime.engine.sampler import sample
+from prism_runtime.engine.scheduler import Scheduler, Slice, context_tokens
+from prism_runtime.engine.types import (
+    EngineLoad,
+    Event,
+    Finished,
+    FinishReason,
+    Plan,
+    Rejected,
+    Request,
+    StepReport,
+    Token,
+)
+from prism_runtime.kernels.plan import PlanTables
+from prism_runtime.refactor.artifact import open_artifact
+
+
+class Engine:
+    """Runs requests to their end. `submit`, `cancel`, `set_plan` and `load` may be called from any thread; one thread
+    calls `step`.
+
+    model                    packed in place; belongs to the engine afterwards
+    tables                   the operating points' meaning to the kernels, in the order of `manifest.ladder`
+    kv_tokens                cache size in tokens; None gives every sequence a full context
+    prefill_tokens_per_step  most prompt tokens in one step: bounds how long decoding sequences wait for a prompt
+    classes                  rows of the plan
+    seed                     source of the seeds of requests that bring none
+
+    Raises ValueError if the model's window is smaller than `max_context_tokens` or the cache than one such context.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tables: PlanTables,
+        manifest: Manifest,
+        tokenizer: Any,
+        *,
+        max_sequences: int = 16,
+        max_context_tokens: int = 512,
+        kv_tokens: int | None = None,
+        prefill_tokens_per_step: int = 512,
+        classes: int = 1,
+        seed: int = 0,
+    ) -> None:
+        _check_limits(model, max_sequences, max_context_tokens, kv_tokens, prefill_tokens_per_step)
+        self.manifest = manifest
+        self.ladder: Ladder = manifest.ladder
+        self.tokenizer = tokenizer
+        self.max_context_tokens = max_context_tokens
+        self.vocabulary_size: int = model.config.get_text_config().vocab_size
+        self.model = ElasticModel(
+            model, tables, classes=classes, slots=max_sequences, max_context_tokens=max_context_tokens
+        )
+        slot_tokens = max_sequences * blocks_for(max_context_tokens) * 16
+        budget = BlockBudget(max_sequences, slot_tokens if kv_tokens is None else kv_tokens)
+        self.scheduler = Scheduler(budget, prefill_tokens_per_step, seed)
+        self.plan = Plan(version=0, class_point=(len(self.ladder) - 1,) * classes)
+        self._lock = threading.Lock()
+        self._submitted: deque[Request] = deque()
+        self._cancelled: dict[str, None] = {}
+        self._in_flight: set[str] = set()
+        self._pending_plan: Plan | None = None
+
+    @classmethod
+    def from_artifact(
+        cls,
+        artifact_dir: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        threads: int = 1,
+        **settings: Any,
+    ) -> "Engine":
+        """An engine over an artifact; `settings` are the constructor's. Sets torch's thread count for the process.
+
+        Raises ArtifactRefused if a file of the artifact is missing, damaged or of an unknown version.
+        """
+        torch.set_num_threads(threads)
+        artifact = open_artifact(artifact_dir)
+        model, tokenizer = load_pretrained(artifact_dir, dtype)
+        return cls(model, artifact.tables(), artifact.manifest, tokenizer, **settings)
+
+    # -- from any thread ----------------------------------------------------------------------------------------
+
+    def validate(self, request: Request) -> None:
+        """Raises Rejected if the request could not run to its end, whatever else runs."""
+        sampling, context = request.sampling, context_tokens(request)
+        if not request.prompt:
+            raise Rejected("the prompt has no tokens; send at least one", "prompt")
+        if outside := [token for token in request.prompt if not 0 <= token < self.vocabulary_size]:
+            raise Rejected(
+                f"{len(outside)} prompt token ids are outside the vocabulary of {self.vocabulary_size}", "prompt"
+            )
+        if sampling.max_tokens < 1:
+            raise Rejected(f"max_tokens must be at least 1; found {sampling.max_tokens}", "max_tokens")
+        if context > self.max_context_tokens:
+            raise Rejected(
+                f"{len(request.prompt)} prompt tokens and max_tokens {sampling.max_tokens} make {context}, the context "
+                f"holds {self.max_context_tokens}; shorten the prompt or lower max_tokens",
+                "prompt" if len(request.prompt) >= self.max_context_tokens else "max_tokens",
+            )
+        if not 0 <= sampling.temperature < float("inf"):
+            raise Rejected(f"temperature must be finite and at least 0; found {sampling.temperature}", "temperature")
+        if not 0 < sampling.top_p <= 1:
+            raise Rejected(f"top_p must be greater than 0 and at most 1; found {sampling.top_p}", "top_p")
+        if not 0 <= request.service_class < len(self.plan.class_point):
+            raise Rejected(
+                f"service class {request.service_class} is not one of the plan's {len(self.plan.class_point)}",
+                "service_class",
+            )
+
+    def submit(self, request: Request) -> None:
+        """Queue a request for the next step. Raises Rejected, and then nothing was queued."""
+        self.validate(request)
+        with self._lock:
+            if request.request_id in self._in_flight:
+                raise Rejected("a request of this id is in flight already", "request_id")
+            self._in_flight.add(request.request_id)
+            self._submitted.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request in the next step, with Finished(CANCELLED). Unknown and finished ids are ignored."""
+        with self._lock:
+            if request_id in self._in_flight:
+                self._cancelled[request_id] = None
+
+    def set_plan(self, plan: Plan) -> None:
+        """Make `plan` live at the start of the next step. Raises ValueError if it does not fit the tables."""
+        self.model.plan.check(plan.class_point)
+        with self._lock:
+            self._pending_plan = plan
+
+    @property
+    def has_work(self) -> bool:
+        with self._lock:
+            return bool(self._in_flight)
+
+    def load(self) -> EngineLoad:
+        """Queue and cache as of the last step; blocks are counted as reserved, which is what admission waits for."""
+        with self._lock:
+            running, budget = len(self.scheduler.running), self.scheduler.budget
+            return EngineLoad(running, len(self._in_flight) - running, budget.blocks, budget.used, preemptions=0)
+
+    # -- on the stepping thread ---------------------------------------------------------------------------------
+
+    def step(self) -> StepReport:
+        """One iteration: take what arrived, decode every running sequence, prefill up to the cap, sample, finish.
+
+        The plan is swapped here and nowhere else, so every token has exactly one plan version. A request whose forward
+        raises ends as FAILED; the others go on.
+        """
+        events: list[Event] = self._take_arrivals()
+        decode, prefill = self.scheduler.schedule()
+        context = sum(piece.sequence.cached for piece in decode)
+        decoded, failed_decode = self._run(decode)
+        prefilled, failed_prefill = self._run(prefill)
+        for piece, error in (*failed_decode, *failed_prefill):
+            self.model.cache.clear(piece.sequence.slot)
+            events.append(self._finish(piece, FinishReason.FAILED, error))
+        events += self._sample([*decoded, *prefilled])
+        return StepReport(
+            events=tuple(events),
+            plan=self.plan,
+            decode_sequences=len(decode),
+            context_tokens=context,
+            prefill_tokens=sum(piece.length for piece in prefill),
+        )
+
+    def _take_arrivals(self) -> list[Event]:
+        with self._lock:
+            if self._pending_plan is not None:
+                self.plan, self._pending_plan = self._pending_plan, None
+                self.model.plan.write(self.plan.class_point)
+            while self._submitted:
+                self.scheduler.enqueue(self._submitted.popleft())
+            cancelled = list(self._cancelled)
+            self._cancelled.clear()
+            for request_id in cancelled:
+                self.scheduler.withdraw(request_id)
+                self._in_flight.remove(request_id)
+        return [Finished(request_id, FinishReason.CANCELLED) for request_id in cancelled]
+
+    def _run(self, pieces: list[Slice]) -> tuple[list[tuple[Slice, Tensor]], list[tuple[Slice, str]]]:
+        """Forward the slices together; if that raises, each alone, so that only the ones at fault are lost.
+
+        Returns (slice, logits [V]) of those that ran and (slice, error) of those that failed.
+        """
+        if not pieces:
+            return [], []
+        try:
+            logits = self.model.logits([_chunk(piece) for piece in pieces])
+        except Exception as error:
+            if len(pieces) == 1:
+                return [], [(pieces[0], f"the model's forward raised {type(error).__name__}")]
+            parts = [self._run([piece]) for piece in pieces]
+            return [row for ran, _ in parts for row in ran], [row for _, failed in parts for row in failed]
+        finite = logits.isfinite().all(-1).tolist()
+        ran = [(piece, row) for piece, row, fine in zip(pieces, logits, finite, strict=True) if fine]
+        failed = [
+            (piece, "the model's logits are not finite") for piece, fine in zip(pieces, finite, strict=True) if not fine
+        ]
+        return ran, failed
+
+    def _sample(self, ran: list[tuple[Slice, Tensor]]) -> Iterable[Event]:
+        """Advance the sequences by what ran; one token for each slice that completes its sequence."""
+        complete = [(piece, row) for piece, row in ran if piece.completes]
+        for piece, _ in ran:
+            piece.sequence.cached += piece.length
+        if not complete:
+            return
+        sequences = [piece.sequence for piece, _ in complete]
+        tokens = sample(
+            torch.stack([row for _, row in complete]),
+            [sequence.request.sampling for sequence in sequences],
+            [sequence.draws.random() for sequence in sequences],
+        )
+        for (piece, _), sequence, token in zip(complete, sequences, tokens, strict=True):
+            request, sampling = sequence.request, sequence.request.sampling
+            sequence.tokens.append(token)
+            yield Token(request.request_id, token, self.plan.version, self.plan.class_point[request.service_class])
+            if token in sampling.stop_token_ids:
+                yield self._finish(piece, FinishReason.STOP)
+            elif sequence.generated == sampling.max_tokens:
+                yield self._finish(piece, FinishReason.LENGTH)
+
+    def _finish(self, piece: Slice, reason: FinishReason, error: str | None = None) -> Finished:
+        request_id = piece.sequence.request.request_id
+        with self._lock:
+            self.scheduler.finish(piece.sequence)
+            self._in_flight.remove(request_id)
+            # The id is free again: a cancel that came during this step must not hit its next bearer.
+            self._cancelled.pop(request_id, None)
+        return Finished(request_id, reason, error)
+
+
+def _chunk(piece: Slice) -> Chunk:
+    sequence = piece.sequence
+    tokens = sequence.tokens[sequence.cached : sequence.cached + piece.length]
+    return Chunk(sequence.slot, sequence.cached, tokens, sequence.request.service_class)
+
+
+def _check_limits(
+    model: PreTrainedModel,
+    max_sequences: int,
+    max_context_tokens: int,
+    kv_tokens: int | None,
+    prefill_tokens_per_step: int,
+) -> None:
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", max_context_tokens)
+    if max_context_tokens > window:
+        raise ValueError(f"max_context_tokens is {max_context_tokens}, the model's window is {window}")
+    if max_sequences < 1 or prefill_tokens_per_step < 1:
+        raise ValueError(
+            f"max_sequences and prefill_tokens_per_step must be at least 1; "
+            f"found {max_sequences} and {prefill_tokens_per_step}"
+        )
+    if kv_tokens is not None and kv_tokens // 16 < blocks_for(max_context_tokens):
+        raise ValueError(
+            f"kv_tokens is {kv_tokens}, one context of max_context_tokens {max_context_tokens} needs "
+            f"{blocks_for(max_context_tokens) * 16}; raise the one or lower the other"
+        )

@@ -1,0 +1,128 @@
+"""The model behind the engine: an unmodified Hugging Face forward over rows of different sequences."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from prism_runtime.engine.cache import CacheRows, SlotCache
+from prism_runtime.engine.experts_hook import bind_plan, experts_modules, pack
+from prism_runtime.kernels.plan import PADDING, PlanTables, PlanTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence to run through the model: `tokens` stand at `start`, in cache slot `slot`."""
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+    service_class: int
+
+
+def load_pretrained(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """(model with stock experts, tokenizer) of a local checkpoint. Nothing is downloaded, and no code in it runs."""
+    logging.disable_progress_bar()  # it would write into a pod's log line by line
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+class ElasticModel:
+    """A packed mixture-of-experts model, its cache and its plan tensor.
+
+    `model` is packed in place and belongs to this object afterwards. Raises UnsupportedModel if it cannot be packed.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tables: PlanTables, *, classes: int, slots: int, max_context_tokens: int
+    ) -> None:
+        pack(model, tables.sub_experts)
+        layers = len(experts_modules(model))
+        if tables.count.shape[1] != layers:
+            raise ValueError(f"the plan has tables for {tables.count.shape[1]} MoE layers, the model has {layers}")
+        self.model = model.eval()
+        self.plan = PlanTensor(tables, classes, model.device)
+        bind_plan(model, self.plan)
+        self.cache = SlotCache(slots, max_context_tokens)
+        self.config = model.config.get_text_config()
+
+    @torch.inference_mode()
+    def logits(self, chunks: Sequence[Chunk]) -> Tensor:
+        """float32 logits [len(chunks), vocabulary] after the last token of each chunk; writes their keys and values.
+
+        Running a chunk again is harmless: it writes the same positions.
+        """
+        output: Tensor | None = None
+        for group in _similar_lengths(chunks):
+            rows = self._forward([chunks[i] for i in group])
+            if len(group) == len(chunks):
+                return rows[torch.tensor(group).argsort()]
+            output = rows.new_empty(len(chunks), rows.shape[1]) if output is None else output
+            output[torch.tensor(group)] = rows
+        assert output is not None, "a forward has at least one chunk"
+        return output
+
+    def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        lengths = [len(chunk.tokens) for chunk in chunks]
+        columns, device = max(lengths), self.model.device
+        pads = [columns - length for length in lengths]
+        ids = [[*chunk.tokens, *[0] * pad] for chunk, pad in zip(chunks, pads, strict=True)]
+        spans = [range(chunk.start, chunk.start + length) for chunk, length in zip(chunks, lengths, strict=True)]
+        positions = torch.tensor([[*span, *[0] * pad] for span, pad in zip(spans, pads, strict=True)], device=device)
+        row_class = [
+            service_class
+            for chunk, length, pad in zip(chunks, lengths, pads, strict=True)
+            for service_class in (*[chunk.service_class] * length, *[PADDING] * pad)
+        ]
+        valid = torch.tensor([i for i, c in enumerate(row_class) if c != PADDING]) if any(pads) else None
+        length = max(span.stop for span in spans)
+        self.cache.attach(CacheRows([chunk.slot for chunk in chunks], positions, valid, length))
+        self.plan.attach_rows(row_class)
+        hidden = self.model.base_model(
+            input_ids=torch.tensor(ids, device=device),
+            position_ids=positions,
+            attention_mask=self._masks(positions, length),
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        last = hidden[torch.arange(len(chunks)), torch.tensor(lengths) - 1]
+        logits: Tensor = self.model.get_output_embeddings()(last)
+        return logits.float()
+
+    def _masks(self, positions: Tensor, length: int) -> Any:
+        """Additive mask [B, 1, Q, length], or one per layer type for models whose layers differ."""
+        key = torch.arange(length, device=positions.device)
+        query = positions[:, :, None]
+        window = getattr(self.config, "sliding_window", None)
+        causal = key <= query
+        sliding = causal & (key > query - window) if window else causal
+        if layer_types := getattr(self.config, "layer_types", None):
+            masks = {"full_attention": causal, "sliding_attention": sliding}
+            return {layer_type: self._additive(masks[layer_type]) for layer_type in set(layer_types)}
+        return self._additive(sliding)
+
+    def _additive(self, allowed: Tensor) -> Tensor:
+        dtype = self.model.dtype
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def _similar_lengths(chunks: Sequence[Chunk]) -> Iterator[list[int]]:
+    """Indices of chunks that share a forward, by slot: the longest is at most twice the shortest, so at most half of a
+    padded forward is padding."""
+    order = sorted(range(len(chunks)), key=lambda i: len(chunks[i].tokens))
+    group: list[int] = []
+    for i in order:
+        if group and len(chunks[i].tokens) > 2 * len(chunks[group[0]].tokens):
+            yield sorted(group, key=lambda j: chunks[j].slot)
+            group = []
+        group.append(i)
+    if group:
+        yield sorted(group, key=lambda j: chunks[j].slot)

@@ -1,0 +1,55 @@
+"""Which neurons form which sub-expert. Pure: tensors in, tensors out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Saliency:
+    """One MoE layer, E experts of C neurons; means over the tokens routed to an expert, 0 if it got none.
+
+    energy  [E, C]  (g * |h| * ||w_down||)^2: router weight, activation, norm of the neuron's row of the down projection
+    power   [E, C]  the same without the router weight g
+    tokens  [E]     tokens that were routed to the expert
+    """
+
+    energy: Tensor
+    power: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """One MoE layer: E experts, C neurons, N sub-experts of C/N consecutive permuted neurons.
+
+    perm    [E, C]  int32    neuron `perm[e, i]` of the source stands at position i; a bijection per expert
+    energy  [E, N]  float32  mean square of the sub-expert's router-weighted saliency, per routed token
+    prior   [E, N]  float32  expected norm of the sub-expert's output, without the router weight
+    """
+
+    perm: Tensor
+    energy: Tensor
+    prior: Tensor
+
+
+def partition_by_energy(saliency: Saliency, sub_experts: int) -> Partition:
+    """Neurons sorted by mean energy, highest first: every prefix is the static choice of its size that loses least.
+
+    The loss of dropping neurons is quadratic in what they add, so the mean square orders them, not the mean: on the
+    embedded model the mean's order costs 1.3 times the KL at half budget. Energies add up as if the neurons' outputs
+    were orthogonal. Ties keep the source's order, so equal inputs give equal bytes.
+    """
+    perm = saliency.energy.argsort(dim=1, descending=True, stable=True)
+    grouped = (len(perm), sub_experts, -1)
+    return Partition(
+        perm=perm.to(torch.int32),
+        energy=saliency.energy.gather(1, perm).view(grouped).sum(-1),
+        prior=saliency.power.gather(1, perm).view(grouped).sum(-1).sqrt(),
+    )
+
+
+def invert(perm: Tensor) -> Tensor:
+    """[E, C] -> [E, C]: the permutation that undoes `perm`."""
+    return perm.long().argsort(dim=1)

@@ -1,0 +1,219 @@
+"""From a checkpoint and text to an elastic artifact, and the quality of an artifact on other text."""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
+
+from prism_api import FULL
+from prism_api.manifest import Calibration, CalibrationText, Manifest, MeasuredPoint, Shape, SourceModel
+from prism_runtime.engine.experts_hook import experts_modules, fused_projections
+from prism_runtime.engine.model import load_pretrained
+from prism_runtime.kernels.plan import PlanTables
+from prism_runtime.refactor.artifact import (
+    digest_of_weights,
+    list_files,
+    open_artifact,
+    write_checkpoint,
+    write_manifest,
+    write_sidecar,
+)
+from prism_runtime.refactor.calibrate import calibrate
+from prism_runtime.refactor.evaluate import PointQuality, evaluate_points
+from prism_runtime.refactor.partition import partition_by_energy
+from prism_runtime.refactor.text import TokenSequence, cut_sequences, hold_out, provenance, read_documents
+from prism_runtime.refactor.trace import PackedModel
+
+DEFAULT_SUB_EXPERTS = 8
+SEQUENCE_LENGTH = 256
+SEQUENCES_PER_DOMAIN = 64
+"""Enough for a standard error of 2 % of the KL on the embedded model, in minutes on one core."""
+SMALLEST_DEFAULT_POINT_PERMILLE = 250
+"""Below a quarter a static choice of neurons is no longer a language model; ask for such a point by name."""
+
+
+class RecipeRefused(ValueError):
+    """The arguments cannot make an artifact."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """Token sequences to calibrate on and to measure quality on, disjoint by document."""
+
+    calibration: list[TokenSequence]
+    evaluation: list[TokenSequence]
+
+
+def refactor_model(
+    source: Path,
+    calibration: Path,
+    out: Path,
+    *,
+    evaluation: Path | None = None,
+    sub_experts: int = DEFAULT_SUB_EXPERTS,
+    points_permille: Sequence[int] | None = None,
+    licence: str = "unspecified",
+) -> Manifest:
+    """Make an artifact of the checkpoint `source` in the new directory `out`.
+
+    evaluation       text for the points' quality; without it every fourth calibration document is held out for it
+    points_permille  budgets to measure; None takes every multiple of 1/`sub_experts` from 250 up. A point whose quality
+                     is not below that of every larger one is left out: the artifact's ladder is strictly monotone.
+
+    `out` appears complete or not at all. Raises RecipeRefused, TextRefused, UnsupportedModel or CheckpointRefused.
+    """
+    if out.exists():
+        raise RecipeRefused(f"'{out}' exists already; give a new directory for --out, or remove it")
+    counts = prefix_counts(points_permille, sub_experts)
+    model, tokenizer = load_pretrained(source)
+    modules = experts_modules(model)
+    experts, neurons, hidden = fused_projections(modules[0][1])[0].shape
+    if neurons % sub_experts:
+        raise RecipeRefused(f"{neurons} neurons an expert cannot be cut into {sub_experts} equal sub-experts")
+
+    text, texts = _read_text(calibration, evaluation, tokenizer)
+    with _progress() as progress:
+        task = progress.add_task("calibrate", total=len(text.calibration))
+        saliency = calibrate(model, text.calibration, lambda n: progress.advance(task, n))
+    partitions = {
+        layer: partition_by_energy(measured, sub_experts)
+        for (layer, _), measured in zip(modules, saliency, strict=True)
+    }
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        target = Path(scratch) / "artifact"
+        target.mkdir()
+        write_checkpoint(source, target, {layer: partition.perm for layer, partition in partitions.items()})
+        # Quality is measured on what is shipped: the permuted checkpoint, read back from disk.
+        quality = measure(target, counts, sub_experts, len(modules), text.evaluation)
+        kept = strictly_rising(quality)
+        write_sidecar(target, partitions, [counts[permille] for permille in kept])
+        manifest = Manifest(
+            tools={package: version(package) for package in ("moe-prism", "torch", "transformers")},
+            source=SourceModel(
+                name=source.resolve().name,
+                architecture=type(model).__name__,
+                licence=licence,
+                digest=digest_of_weights(source),
+            ),
+            shape=Shape(
+                moe_layers=list(partitions),
+                experts=experts,
+                top_k=model.config.get_text_config().num_experts_per_tok,
+                neurons=neurons,
+                hidden=hidden,
+                sub_experts=sub_experts,
+                neurons_per_sub_expert=neurons // sub_experts,
+                norm_topk_prob=_normalises_top_k(model),
+            ),
+            files=list_files(target),
+            calibration=Calibration(texts=texts, sequence_length=SEQUENCE_LENGTH, seeds=[0]),
+            partition={"objective": "energy", "order": "descending"},
+            gate={"kind": "none", "selection": "prefix"},
+            operating_points=[_measured_point(permille, quality[permille]) for permille in kept],
+        )
+        write_manifest(target, manifest)
+        shutil.move(target, out)
+    return manifest
+
+
+def evaluate_artifact(directory: Path, text: Path, sequences_per_domain: int | None = None) -> dict[str, PointQuality]:
+    """Quality of every operating point of an artifact on a text file. Raises ArtifactRefused or TextRefused."""
+    artifact = open_artifact(directory)
+    model, tokenizer = load_pretrained(directory)
+    sequences = cut_sequences(read_documents(text), tokenizer, SEQUENCE_LENGTH, sequences_per_domain)
+    names = artifact.manifest.ladder.names
+    with _progress() as progress:
+        task = progress.add_task("evaluate", total=len(sequences))
+        quality = evaluate_points(
+            PackedModel(model, artifact.tables()),
+            sequences,
+            list(range(len(names))),
+            names.index(FULL),
+            lambda n: progress.advance(task, n),
+        )
+    return {name: quality[index] for index, name in enumerate(names)}
+
+
+def prefix_counts(points_permille: Sequence[int] | None, sub_experts: int) -> dict[int, int]:
+    """Budget in per-mille -> sub-experts that run, ascending and with 1000. Raises RecipeRefused for a budget that is
+    not a multiple of one sub-expert."""
+    possible = {round(1000 * count / sub_experts): count for count in range(1, sub_experts + 1)}
+    smallest = SMALLEST_DEFAULT_POINT_PERMILLE
+    asked = {p for p in possible if p >= smallest} if points_permille is None else {*points_permille, 1000}
+    if impossible := sorted(asked - set(possible)):
+        raise RecipeRefused(
+            f"budgets {impossible} are no multiples of one of {sub_experts} sub-experts; possible: {sorted(possible)}"
+        )
+    return {permille: possible[permille] for permille in sorted(asked)}
+
+
+def strictly_rising(quality: dict[int, PointQuality]) -> list[int]:
+    """The budgets whose lower quality bound is below that of every larger one kept; ascending, 1000 always last."""
+    kept: list[int] = []
+    for permille in sorted(quality, reverse=True):
+        if permille == 1000 or quality[permille].relative_quality_low < quality[kept[-1]].relative_quality_low:
+            kept.append(permille)
+    return kept[::-1]
+
+
+def measure(
+    checkpoint: Path, counts: dict[int, int], sub_experts: int, layers: int, sequences: Sequence[TokenSequence]
+) -> dict[int, PointQuality]:
+    """Quality of the prefix budgets `counts` on a permuted checkpoint, by per-mille."""
+    model, _ = load_pretrained(checkpoint)
+    packed = PackedModel(model, PlanTables.uniform(list(counts.values()), layers, sub_experts))
+    with _progress() as progress:
+        task = progress.add_task("evaluate", total=len(sequences))
+        indices = list(range(len(counts)))
+        quality = evaluate_points(packed, sequences, indices, indices[-1], lambda n: progress.advance(task, n))
+    return dict(zip(counts, quality.values(), strict=True))
+
+
+def _measured_point(permille: int, quality: PointQuality) -> MeasuredPoint:
+    return MeasuredPoint(
+        name=FULL if permille == 1000 else f"b{permille}",
+        budget_permille=permille,
+        policy="full" if permille == 1000 else "uniform",
+        relative_quality=quality.relative_quality,
+        relative_quality_low=quality.relative_quality_low,
+        kl=quality.kl,
+        same_top1=quality.same_top1,
+        realised_permille=quality.realised_permille,
+    )
+
+
+def _read_text(calibration: Path, evaluation: Path | None, tokenizer: Any) -> tuple[_Text, list[CalibrationText]]:
+    documents = read_documents(calibration)
+    if evaluation is None:
+        documents, held = hold_out(documents)
+    else:
+        held = read_documents(evaluation)
+    fit = cut_sequences(documents, tokenizer, SEQUENCE_LENGTH, SEQUENCES_PER_DOMAIN)
+    measured = cut_sequences(held, tokenizer, SEQUENCE_LENGTH, SEQUENCES_PER_DOMAIN)
+    return _Text(fit, measured), provenance(calibration, documents, fit)
+
+
+def _normalises_top_k(model: PreTrainedModel) -> bool:
+    """Whether router weights sum to one; Mixtral and GPT-OSS always normalise and have no switch for it."""
+    config = model.config.get_text_config()
+    return bool(getattr(config, "norm_topk_prob", config.model_type in ("mixtral", "gpt_oss")))
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("sequences, left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
