@@ -4,12 +4,12 @@ Only parsing happens here; each command imports what it needs when it runs, so t
 """
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prism_runtime.refactor import cli as refactor_cli
 from prism_runtime.server import budget_cli
 from prism_runtime.server.settings import ServeSettings, add_serve_flags
 
@@ -31,10 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
     budget_cli.add_parser(commands)
     _add_profile(commands)
-    if importlib.util.find_spec("prism_runtime.refactor.cli"):
-        from prism_runtime.refactor.cli import add_parser
-
-        add_parser(commands)
+    refactor_cli.add_parser(commands)
     return parser
 
 

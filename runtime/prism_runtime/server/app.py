@@ -59,6 +59,7 @@ class ServingProcess:
         *,
         model_digest: str,
         eos_token_ids: frozenset[int],
+        block_tokens: int,
         profile: Profile | None,
         pacer: Pacer | None,
         started_s: float,
@@ -94,6 +95,7 @@ class ServingProcess:
             LiveState(
                 model_name=model_name,
                 manifest=engine.manifest,
+                block_tokens=block_tokens,
                 engine_loop=self.engine_loop,
                 accounting=self.accounting,
                 cert_not_after_s=lambda: self.certificates.not_after_s if self.certificates else {},

@@ -41,9 +41,8 @@ def add_parser(subparsers: Any) -> None:
         help="show or turn the activation budget of the model that serves on this machine",
         description="Works while requests run: the next step of the engine is already on the new operating point.",
     )
-    parser.add_argument("--socket", type=Path, default=default_socket(), help="the serving process's --local-control")
     actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("get", help="list the operating points and mark the live one")
+    getting = actions.add_parser("get", help="list the operating points and mark the live one")
     setting = actions.add_parser(
         "set",
         help="switch to an operating point",
@@ -55,6 +54,10 @@ def add_parser(subparsers: Any) -> None:
         "--permille", type=int, metavar="N", help="the largest operating point with a budget of at most N per-mille"
     )
     setting.add_argument("--class", dest="class_name", metavar="NAME", help="only this service class; default: all")
+    for action in (getting, setting):
+        action.add_argument(
+            "--socket", type=Path, default=default_socket(), help="the serving process's --local-control (%(default)s)"
+        )
     parser.set_defaults(run=run)
 
 

@@ -14,7 +14,6 @@ from prometheus_client.registry import Collector
 from prism_api.control import EnvelopeState
 from prism_api.manifest import Manifest
 from prism_api.points import Ladder
-from prism_runtime.engine.cache import BLOCK_TOKENS
 from prism_runtime.engine.loop import EngineLoop, SwapDone
 from prism_runtime.server.accounting import Accounting, Outcome, Passage
 
@@ -85,6 +84,7 @@ class LiveState(Collector):
         *,
         model_name: str,
         manifest: Manifest,
+        block_tokens: int,
         engine_loop: EngineLoop,
         accounting: Accounting,
         cert_not_after_s: Callable[[], dict[str, float]],
@@ -92,6 +92,7 @@ class LiveState(Collector):
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._model_name = model_name
+        self._block_tokens = block_tokens
         self._engine_loop = engine_loop
         self._accounting = accounting
         self._cert_not_after_s = cert_not_after_s
@@ -136,7 +137,7 @@ class LiveState(Collector):
         cache = GaugeMetricFamily(
             "vllm:cache_config_info", "Shape of the KV cache.", labels=["block_size", "num_gpu_blocks"]
         )
-        cache.add_metric([str(BLOCK_TOKENS), str(load.kv_blocks)], 1)
+        cache.add_metric([str(self._block_tokens), str(load.kv_blocks)], 1)
         yield cache
 
     def _classes(self) -> Iterator[Metric]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from prism_api.manifest import MANIFEST_NAME
+from prism_runtime.engine.cache import BLOCK_TOKENS
 from prism_runtime.engine.engine import Engine
 from prism_runtime.engine.governor import CLASS_SLOTS
 from prism_runtime.engine.pace import PaceError, Pacer, load_profile
@@ -65,6 +66,7 @@ async def _serve(settings: ServeSettings, started_s: float) -> None:
         settings,
         model_digest=artifact_digest(settings.artifact),
         eos_token_ids=read_eos_token_ids(settings.artifact),
+        block_tokens=BLOCK_TOKENS,
         profile=profile,
         pacer=pacer,
         started_s=started_s,

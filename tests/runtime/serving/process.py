@@ -67,6 +67,7 @@ async def serving(
         default_settings(**settings),
         model_digest=DIGEST,
         eos_token_ids=eos_token_ids,
+        block_tokens=16,
         profile=profile,
         pacer=pacer,
         started_s=time.monotonic(),

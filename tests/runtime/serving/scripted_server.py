@@ -28,6 +28,7 @@ async def main() -> None:
         settings,
         model_digest=DIGEST,
         eos_token_ids=frozenset({END}),
+        block_tokens=16,
         profile=None,
         pacer=None,
         started_s=time.monotonic(),
