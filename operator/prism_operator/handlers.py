@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import kopf
 
 from prism_api import GROUP, VERSION
-from prism_operator.control.kube import PAGE_SIZE, PRISM_MODELS, PRISM_SERVICES, Connection
+from prism_operator.control.kube import PAGE_SIZE, Connection
+from prism_operator.control.resources import PRISM_MODELS, PRISM_SERVICES
 
 TOKEN_REREAD = timedelta(minutes=10)
 """ServiceAccount tokens rotate within the hour: kopf logs in again, with the new one, after this time."""

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from prism_operator import metrics, pki
-from prism_operator.control.kube import SECRETS, Conflict, Kube, NotFound, Object
+from prism_operator.control.kube import Conflict, Kube, NotFound
 from prism_operator.control.ownership import controller_uid
+from prism_operator.control.resources import SECRETS, Object
 from prism_operator.plan.children import control_secret_name
 
 CA_SECRET = "prism-ca"

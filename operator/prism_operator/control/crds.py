@@ -5,15 +5,8 @@ import logging
 
 from prism_api import API_VERSION, GROUP
 from prism_api.crd import CRD_REVISION, CRD_VERSION_ANNOTATION
-from prism_operator.control.kube import (
-    CUSTOM_RESOURCE_DEFINITIONS,
-    PRISM_MODELS,
-    PRISM_SERVICES,
-    Forbidden,
-    Kube,
-    KubeError,
-    NotFound,
-)
+from prism_operator.control.kube import Forbidden, Kube, KubeError, NotFound
+from prism_operator.control.resources import CUSTOM_RESOURCE_DEFINITIONS, PRISM_MODELS, PRISM_SERVICES
 
 RETRY_S = 2.0
 REMIND_AFTER = 15

@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from uuid import uuid4
 
 from prism_api import API_VERSION
-from prism_operator.control.kube import EVENTS, Kube, KubeError
+from prism_operator.control.kube import Kube, KubeError
+from prism_operator.control.resources import EVENTS
 
 CYCLE_S = 60.0
 LONGEST_NOTE = 1024

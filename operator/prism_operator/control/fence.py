@@ -4,7 +4,8 @@ A Lease's `leaseTransitions` is not enough: it does not rise when the same ident
 when the Lease is deleted. Pods refuse directives of a lower epoch, so a leader that wakes up late cannot command them.
 """
 
-from prism_operator.control.kube import LEASES, Conflict, Kube, NotFound, Object
+from prism_operator.control.kube import Conflict, Kube, NotFound
+from prism_operator.control.resources import LEASES, Object
 
 FENCE_NAME = "prism-fence"
 EPOCH_ANNOTATION = "moeprism.io/epoch"

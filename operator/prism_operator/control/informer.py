@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeVar
 
-from prism_operator.control.kube import Forbidden, Gone, Kube, KubeError, Object, Resource
+from prism_operator.control.kube import Forbidden, Gone, Kube, KubeError
+from prism_operator.control.resources import Object, Resource
 
 SERVICE_LABEL = "moeprism.io/service"
 FIRST_BACKOFF_S = 0.5

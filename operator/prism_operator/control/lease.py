@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from prism_operator.control.kube import LEASES, Conflict, Kube, KubeError, NotFound, Object
+from prism_operator.control.kube import Conflict, Kube, KubeError, NotFound
+from prism_operator.control.resources import LEASES, Object
 
 LEADER_LEASE = "prism-operator"
 

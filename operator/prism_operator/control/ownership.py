@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from prism_operator.control.kube import Object
+from prism_operator.control.resources import Object
 from prism_operator.plan.children import INTENT_HASH
 
 

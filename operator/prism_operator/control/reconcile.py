@@ -17,22 +17,19 @@ from prism_operator import metrics
 from prism_operator.control import guard
 from prism_operator.control.certificates import Certificates, NotOurs
 from prism_operator.control.events import Events, Regarding
-from prism_operator.control.kube import (
-    NETWORK_POLICIES,
-    POD_DISRUPTION_BUDGETS,
-    PRISM_MODELS,
-    PRISM_SERVICES,
-    Forbidden,
-    Kube,
-    KubeError,
-    NotFound,
-    Object,
-    resource_of,
-)
+from prism_operator.control.kube import Forbidden, Kube, KubeError, NotFound
 from prism_operator.control.leadership import Leadership
 from prism_operator.control.loops import Loops
 from prism_operator.control.ownership import controller_uid, is_current, owner_reference
 from prism_operator.control.queue import Backoff
+from prism_operator.control.resources import (
+    NETWORK_POLICIES,
+    POD_DISRUPTION_BUDGETS,
+    PRISM_MODELS,
+    PRISM_SERVICES,
+    Object,
+    resource_of,
+)
 from prism_operator.control.status_view import StatusView
 from prism_operator.control.tenants import Tenants
 from prism_operator.control.world import ServiceKey, ServiceWorld, World

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pydantic import ValidationError
 
 from prism_api.model import PrismModelSpec
-from prism_operator.control.kube import PRISM_MODELS, PRISM_SERVICES, Object
+from prism_operator.control.resources import PRISM_MODELS, PRISM_SERVICES, Object
 from prism_operator.control.status_writer import StatusWriter
 from prism_operator.control.world import ServiceKey, ServiceWorld
 from prism_operator.plan import status as plan_status

@@ -6,7 +6,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from prism_operator.control.kube import Kube, KubeError, NotFound, Object, Resource
+from prism_operator.control.kube import Kube, KubeError, NotFound
+from prism_operator.control.resources import Object, Resource
 
 INTERVAL_S = 5.0
 

@@ -15,7 +15,8 @@ from prism_operator.control.informer import (
     deployment_record,
     pod_record,
 )
-from prism_operator.control.kube import DEPLOYMENTS, PODS, Forbidden, Kube
+from prism_operator.control.kube import Forbidden, Kube
+from prism_operator.control.resources import DEPLOYMENTS, PODS
 
 STALE_S = 150.0
 """Informers hear a bookmark about every minute; after two missed ones replicas are not decided any more."""

@@ -16,7 +16,7 @@ from prism_api.service import Decision, PrismServiceSpec
 from prism_operator.control.channel import Answer, Failure, Outcome, Peer, Refused
 from prism_operator.control.counters import Baseline, CountersWentBack, baseline_of, differences
 from prism_operator.control.informer import DeploymentRecord, PodRecord
-from prism_operator.control.kube import Object
+from prism_operator.control.resources import Object
 from prism_operator.plan import demand
 from prism_operator.plan.types import (
     BudgetPlan,

@@ -4,7 +4,8 @@ merge: what apply, validation and admission do is tested on a real API server in
 import copy
 from typing import Any
 
-from prism_operator.control.kube import Conflict, KubeError, NotFound, Object, Resource, resource_of
+from prism_operator.control.kube import Conflict, KubeError, NotFound
+from prism_operator.control.resources import Object, Resource, resource_of
 
 Place = tuple[str, str | None, str]
 

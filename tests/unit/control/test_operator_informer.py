@@ -6,7 +6,8 @@ from prism_operator.control.informer import (
     foreign_owner_of_replicas,
     pod_record,
 )
-from prism_operator.control.kube import PODS, Gone, KubeError
+from prism_operator.control.kube import Gone, KubeError
+from prism_operator.control.resources import PODS
 
 
 def pod(name, version="1", ready=False, ip=None):

@@ -7,18 +7,8 @@ import pytest
 from aiohttp import web
 from kubernetes.aio.client import Configuration
 
-from prism_operator.control.kube import (
-    DEPLOYMENTS,
-    PODS,
-    PRISM_SERVICES,
-    Conflict,
-    Forbidden,
-    Gone,
-    Kube,
-    KubeError,
-    NotFound,
-    TokenBucket,
-)
+from prism_operator.control.kube import Conflict, Forbidden, Gone, Kube, KubeError, NotFound, TokenBucket
+from prism_operator.control.resources import DEPLOYMENTS, PODS, PRISM_SERVICES
 
 
 @asynccontextmanager

@@ -3,8 +3,9 @@ import asyncio
 import pytest
 
 from prism_operator.control.fence import EPOCH_ANNOTATION, FENCE_NAME, raise_epoch
-from prism_operator.control.kube import LEASES, Conflict, KubeError
+from prism_operator.control.kube import Conflict, KubeError
 from prism_operator.control.lease import Elector, LeaseLost, LeaseTimes, Move, next_move, observe
+from prism_operator.control.resources import LEASES
 from tests.unit.control.fake_kube import FakeKube
 
 QUICK = LeaseTimes(duration_s=15, renew_deadline_s=10.0, retry_s=0.001)

@@ -5,16 +5,10 @@ import pytest
 
 from prism_operator.control.certificates import Certificates
 from prism_operator.control.informer import deployment_record
-from prism_operator.control.kube import (
-    DEPLOYMENTS,
-    NETWORK_POLICIES,
-    PRISM_MODELS,
-    PRISM_SERVICES,
-    SERVICES,
-    Forbidden,
-)
+from prism_operator.control.kube import Forbidden
 from prism_operator.control.queue import Backoff
 from prism_operator.control.reconcile import Reconciler
+from prism_operator.control.resources import DEPLOYMENTS, NETWORK_POLICIES, PRISM_MODELS, PRISM_SERVICES, SERVICES
 from prism_operator.control.status_view import StatusView
 from prism_operator.control.status_writer import StatusWriter
 from prism_operator.control.world import World

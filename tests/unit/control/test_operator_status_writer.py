@@ -1,7 +1,8 @@
 import asyncio
 
 from prism_operator.control.events import CYCLE_S, Events, Regarding
-from prism_operator.control.kube import PRISM_SERVICES, KubeError
+from prism_operator.control.kube import KubeError
+from prism_operator.control.resources import PRISM_SERVICES
 from prism_operator.control.status_writer import StatusWriter
 from tests.unit.control.fake_kube import FakeKube
 
