@@ -172,7 +172,6 @@ def test_a_lost_node_rejoins_with_its_gpus_and_without_its_old_containers(own_cl
     assert before in records_of_containers(own_cluster)
     own_cluster.crash_node("node-0")
     own_cluster.rejoin_node("node-0")
-    assert own_cluster.get("node", "node-0")["status"]["allocatable"][GPU] == "3"
 
     def started_anew() -> bool:
         status = own_cluster.get("pod", "holder")["status"]["containerStatuses"][0]
@@ -180,6 +179,7 @@ def test_a_lost_node_rejoins_with_its_gpus_and_without_its_old_containers(own_cl
 
     own_cluster.wait_until("the Pod runs in a new container", started_anew, timeout_s=60)
     assert before not in records_of_containers(own_cluster)
+    assert own_cluster.get("node", "node-0")["status"]["allocatable"][GPU] == "3"
 
 
 def test_a_start_after_sigkill_ends_the_stale_run_keeps_images_and_forgets_containers(own_cluster: Cluster) -> None:

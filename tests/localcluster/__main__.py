@@ -106,8 +106,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             return cluster.inside(shell, node=arguments.node, env=cluster.environment()).wait()
         case "env":
             cluster = Cluster.attach(arguments.name)
-            print(f"export KUBECONFIG={cluster.kubeconfig}")
-            print(f"export PATH={binaries.search_path()}:$PATH")
+            for variable, value in cluster.exports().items():
+                print(f"export {variable}={value}")
+            print(f"export PATH={binaries.tool_folders()}:$PATH")
         case "which":
             print(binaries.path(arguments.binary))
         case "clean":

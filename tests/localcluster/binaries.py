@@ -120,10 +120,14 @@ def path(name: str) -> Path:
     raise ClusterError(f"{name} is none of the local cluster's binaries")
 
 
+def tool_folders() -> str:
+    """The folders of the built binaries, as a part of PATH."""
+    return ":".join(str(folder_of(tool)) for tool in TOOLS)
+
+
 def search_path() -> str:
-    """PATH with the built binaries first."""
-    folders = [str(folder_of(tool)) for tool in TOOLS]
-    return ":".join([*folders, "/usr/sbin", "/usr/bin", "/sbin", "/bin"])
+    """PATH with the built binaries first; nothing else of the caller's PATH."""
+    return f"{tool_folders()}:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def build(console: Console, only: tuple[str, ...] = ()) -> None:

@@ -70,8 +70,8 @@ class Cluster:
                 crd_files = {"crds": [str(path.resolve()) for path in crds]}
                 (run / "settings.json").write_text(json.dumps(settings | crd_files))
                 cluster = cls._start(name, run, port, Steps(console, run / "steps", started))
-            except BaseException:
-                running.stop(name, keep_logs=True)
+            except BaseException as error:
+                running.stop(name, keep_logs=isinstance(error, Exception))
                 raise
         cluster.start_seconds = time.monotonic() - started
         return cluster
@@ -152,8 +152,16 @@ class Cluster:
     # ---- tools --------------------------------------------------------------------------------------------------
     def environment(self) -> dict[str, str]:
         """What kubectl, helm and Kubernetes clients need; the built kubectl and helm come first in PATH."""
-        path = binaries.search_path() if self.own else os.environ["PATH"]
-        return os.environ | {"KUBECONFIG": str(self.kubeconfig), "PATH": path}
+        if not self.own:
+            return os.environ | {"KUBECONFIG": str(self.kubeconfig)}
+        return os.environ | self.exports() | {"PATH": binaries.search_path()}
+
+    def exports(self) -> dict[str, str]:
+        """KUBECONFIG, and a discovery cache of its own: kubectl's is by address, and earlier clusters had the same."""
+        return {
+            "KUBECONFIG": str(self.kubeconfig),
+            "KUBECACHEDIR": str(paths.run_folder(self.name) / "kubectl-cache"),
+        }
 
     def _tool(self, name: str) -> str:
         found = str(binaries.path(name)) if self.own else shutil.which(name)
@@ -296,7 +304,7 @@ class Cluster:
     def _wait_for_nodes(self, names: list[str], since: datetime.datetime | None) -> None:
         """Until they are Ready, by a heartbeat after `since`, with their GPUs.
 
-        A kubelet that registers again sets extended resources to zero, so they are declared after its first heartbeat.
+        A kubelet that registers again may reset extended resources, so they are declared after its first heartbeat.
         """
 
         def ready(name: str) -> bool:

@@ -134,7 +134,8 @@ class ControlPlane:
         """Before the controller manager: its garbage collector learns of a later CRD only at a 30 s resync."""
         for path in self.settings["crds"]:
             argv = [binaries.path("kubectl"), f"--kubeconfig={self.pki}/admin.kubeconfig", "apply", "--server-side"]
-            subprocess.run([*map(str, argv), "-f", path], check=True, stdout=subprocess.DEVNULL)
+            environment = os.environ | {"KUBECACHEDIR": str(self.run / "kubectl-cache")}
+            subprocess.run([*map(str, argv), "-f", path], check=True, stdout=subprocess.DEVNULL, env=environment)
 
     def _controllers(self) -> None:
         pki = self.pki

@@ -18,6 +18,9 @@ from tests.localcluster.process import check
 SOCKET = "/run/containerd/containerd.sock"
 """/run is the node's own tmpfs, so every node may use the same path."""
 START_TIMEOUT_S = 60
+OWN_FOLDERS = ("/run", "/var/log", "/var/lib/kubelet", "/var/lib/cni", "/etc/cni")
+"""Fixed paths of kubelet (its device plugin socket), CNI and containerd: nodes must share them neither with each other
+nor with a Kubernetes that the machine itself runs."""
 
 
 class Node:
@@ -50,11 +53,12 @@ class Node:
         return subprocess.Popen([str(a) for a in argv], stdout=log, stderr=subprocess.STDOUT, env=self.environment)
 
     def _network(self) -> None:
+        for folder in OWN_FOLDERS:
+            Path(folder).mkdir(parents=True, exist_ok=True)
         self._sh(
             f"hostname {self.name}",
             "mount --make-rshared /",
-            "mount -t tmpfs tmpfs /var/log",
-            "mount -t tmpfs tmpfs /run",
+            *(f"mount -t tmpfs tmpfs {folder}" for folder in OWN_FOLDERS),
             "mount --make-rshared /run",
             "ip link set lo up",
             f"ip addr add {self.address}/24 dev eth0",
