@@ -19,10 +19,9 @@ differ in the reason given.
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from prism_api import FULL
-from prism_api.control import Admission
 from prism_api.service import BudgetControl
 from prism_operator.plan.pressure import Pressure, measure
 from prism_operator.plan.types import (
@@ -30,28 +29,13 @@ from prism_operator.plan.types import (
     BudgetState,
     ClassBudgetState,
     ClassPolicy,
-    ClassTarget,
     DemandState,
     Observation,
     Reason,
     ServicePolicy,
     Status,
 )
-
-Points = dict[str, str]
-
-_WEIGHT = (Reason.BURST_BRIDGE, Reason.POD_LOST, Reason.ROLLOUT, Reason.BROWNOUT, Reason.AT_FLOOR, Reason.RESTORE)
-"""Which class's reason stands for the service's when they differ: what degrades comes first."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    """What was decided for one class before it is put into words."""
-
-    point: str
-    status: Status
-    reason: Reason
-    message: str
+from prism_operator.plan.verdicts import Points, Verdict, assemble, calm, listed, offered, resting
 
 
 def decide(
@@ -103,8 +87,8 @@ def _adopt(
         classes[class_policy.name] = ClassBudgetState(point, observation.now_s, cause=cause)
     state = replace(state, classes=classes)
     text = f"repeats what {len(reporting)} pods run at"
-    verdicts = {p.name: _Verdict(classes[p.name].point, Status.HOLD, Reason.ADOPTED, text) for p in policy.classes}
-    return _plan(observation, policy, state, verdicts), state
+    verdicts = {p.name: Verdict(classes[p.name].point, Status.HOLD, Reason.ADOPTED, text) for p in policy.classes}
+    return assemble(observation, policy, state, verdicts), state
 
 
 def _inside_bounds(policy: ServicePolicy, state: BudgetState) -> BudgetState:
@@ -142,8 +126,8 @@ def _unsteered(
     else:
         return None
     state = _moved(state, points, observation.now_s, Reason.STEADY)
-    verdicts = {name: _Verdict(point, status, reason, text) for name, point in points.items()}
-    return _plan(observation, policy, state, verdicts, pinned=reason is not Reason.SIGNALS_STALE), state
+    verdicts = {name: Verdict(point, status, reason, text) for name, point in points.items()}
+    return assemble(observation, policy, state, verdicts, pinned=reason is not Reason.SIGNALS_STALE), state
 
 
 def _steer(
@@ -162,7 +146,7 @@ def _steer(
     else:
         after, verdicts, state = _raised(observation, policy, state, pressure, before, cause, why_down)
     state = _admission(policy, state, pressure, after)
-    return _plan(observation, policy, state, verdicts, pressure), state
+    return assemble(observation, policy, state, verdicts, pressure), state
 
 
 def _cause(
@@ -184,7 +168,7 @@ def _why_down(policy: ServicePolicy, pressure: Pressure, points: Points) -> str 
     loop = policy.loop
     fits = pressure.fits(points, loop.rate_margin)
     if fits is False:
-        return f"offered {_offered(pressure)} exceeds {pressure.ready} ready pods at {_listed(points)}"
+        return f"offered {offered(pressure)} exceeds {pressure.ready} ready pods at {listed(points)}"
     if fits is None and pressure.backlog > pressure.ready:
         return f"{pressure.backlog} requests wait on {pressure.ready} ready pods, and capacity is not known"
     hot = {name: s for name, s in pressure.saturation.items() if s is not None and s > loop.high}
@@ -223,22 +207,22 @@ def _lowered(policy: ServicePolicy, pressure: Pressure, points: Points) -> Point
 
 def _down_verdicts(
     policy: ServicePolicy, pressure: Pressure, before: Points, after: Points, cause: Reason, why: str
-) -> dict[str, _Verdict]:
+) -> dict[str, Verdict]:
     verdicts = {}
     for class_policy in policy.classes:
         name, point = class_policy.name, after[class_policy.name]
         if point != before[name]:
             upper = policy.ladder.points[policy.ladder.index(point) + 1].name
             text = f"{why}; rejected '{upper}': {_why_not(pressure, {**after, name: upper}, policy)}"
-            verdicts[name] = _Verdict(point, Status.PROGRESS, cause, text)
+            verdicts[name] = Verdict(point, Status.PROGRESS, cause, text)
         elif point == class_policy.floor:
             # While pods are missing, that is why the class is this low.
             reason = Reason.AT_FLOOR if point == policy.max_point or cause is Reason.BROWNOUT else cause
             status = Status.BLOCKED if after == before else Status.HOLD
-            verdicts[name] = _Verdict(point, status, reason, f"{why}; '{point}' is the floor")
+            verdicts[name] = Verdict(point, status, reason, f"{why}; '{point}' is the floor")
         else:
             text = f"{why}; classes of lower priority or with load sink first"
-            verdicts[name] = _Verdict(point, Status.HOLD, _resting(policy, point), text)
+            verdicts[name] = Verdict(point, Status.HOLD, resting(policy, point), text)
     return verdicts
 
 
@@ -250,9 +234,9 @@ def _raised(
     before: Points,
     cause: Reason,
     why_down: str | None,
-) -> tuple[Points, dict[str, _Verdict], BudgetState]:
+) -> tuple[Points, dict[str, Verdict], BudgetState]:
     """Hold, or take the one step up that is due: the highest-priority class below its top."""
-    verdicts: dict[str, _Verdict] = {}
+    verdicts: dict[str, Verdict] = {}
     classes = dict(state.classes)
     candidate = next((p for p in reversed(_by_priority(policy)) if before[p.name] != policy.max_point), None)
     for class_policy in policy.classes:
@@ -260,22 +244,22 @@ def _raised(
         point = before[name]
         if point == policy.max_point:
             classes[name] = replace(remembered, low_since_s=None, cause=Reason.STEADY)
-            text = why_down or _calm(pressure, name)
-            verdicts[name] = _Verdict(point, Status.HOLD, _resting(policy, point), text)
+            text = why_down or calm(pressure, name)
+            verdicts[name] = Verdict(point, Status.HOLD, resting(policy, point), text)
             continue
         # While pods are missing, that is why the class is low, whatever sent it down first.
         reason = cause if cause is not Reason.BROWNOUT else remembered.cause
         if class_policy is not candidate or why_down is not None:
             classes[name] = replace(remembered, low_since_s=None, cause=reason)
-            text = why_down or f"{_calm(pressure, name)}; classes of higher priority rise first"
-            verdicts[name] = _Verdict(point, Status.HOLD, reason, text)
+            text = why_down or f"{calm(pressure, name)}; classes of higher priority rise first"
+            verdicts[name] = Verdict(point, Status.HOLD, reason, text)
             continue
         upper = policy.ladder.points[policy.ladder.index(point) + 1].name
         refused = _why_not_up(observation, policy, pressure, name, before, upper)
         if refused is not None:
             classes[name] = replace(remembered, low_since_s=None, cause=reason)
-            verdicts[name] = _Verdict(
-                point, Status.HOLD, reason, f"{_calm(pressure, name)}; rejected '{upper}': {refused}"
+            verdicts[name] = Verdict(
+                point, Status.HOLD, reason, f"{calm(pressure, name)}; rejected '{upper}': {refused}"
             )
             continue
         since = observation.now_s if remembered.low_since_s is None else remembered.low_since_s
@@ -283,12 +267,12 @@ def _raised(
         calm_s = observation.now_s - since
         if calm_s < dwell_s:
             classes[name] = replace(remembered, low_since_s=since, cause=reason)
-            text = f"{_calm(pressure, name)}; '{upper}' in {dwell_s - calm_s:.0f} s if this lasts"
-            verdicts[name] = _Verdict(point, Status.HOLD, Reason.DWELL, text)
+            text = f"{calm(pressure, name)}; '{upper}' in {dwell_s - calm_s:.0f} s if this lasts"
+            verdicts[name] = Verdict(point, Status.HOLD, Reason.DWELL, text)
             continue
         classes[name] = ClassBudgetState(upper, observation.now_s, None, reason, remembered.shedding)
-        text = f"{_calm(pressure, name)} for {calm_s:.0f} s; '{upper}' fits"
-        verdicts[name] = _Verdict(upper, Status.PROGRESS, Reason.RESTORE, text)
+        text = f"{calm(pressure, name)} for {calm_s:.0f} s; '{upper}' fits"
+        verdicts[name] = Verdict(upper, Status.PROGRESS, Reason.RESTORE, text)
     after = {name: remembered.point for name, remembered in classes.items()}
     return after, verdicts, replace(state, classes=classes)
 
@@ -309,7 +293,7 @@ def _why_not_up(
     if predicted is not None and predicted >= loop.high - loop.restore_margin:
         return f"saturation would be {predicted:.2f}, not below {loop.high - loop.restore_margin:.2f}"
     if pressure.fits(candidate, loop.restore_rate_margin) is False:
-        return f"offered {_offered(pressure)} does not fit {pressure.ready} ready pods there with a margin"
+        return f"offered {offered(pressure)} does not fit {pressure.ready} ready pods there with a margin"
     if any(pod.points.get(name, points[name]) != points[name] for pod in observation.fresh):
         return f"not every pod runs at '{points[name]}' yet"
     return None
@@ -348,67 +332,3 @@ def _moved(state: BudgetState, points: Points, now_s: float, cause: Reason) -> B
 
 def _restart_dwell(state: BudgetState) -> BudgetState:
     return replace(state, classes={name: replace(c, low_since_s=None) for name, c in state.classes.items()})
-
-
-def _plan(
-    observation: Observation,
-    policy: ServicePolicy,
-    state: BudgetState,
-    verdicts: dict[str, _Verdict],
-    pressure: Pressure | None = None,
-    pinned: bool = False,
-) -> BudgetPlan:
-    """Put verdicts into a plan. Governors may sink by themselves and come back as far as the plan's point; above it
-    they would fight the operator. `pinned` leaves them no range.
-    """
-    targets = []
-    for class_policy in policy.classes:
-        name, verdict = class_policy.name, verdicts[class_policy.name]
-        targets.append(
-            ClassTarget(
-                name=name,
-                point=verdict.point,
-                floor=verdict.point if pinned else class_policy.floor,
-                ceiling=verdict.point,
-                admission=Admission.SHED if state.classes[name].shedding else Admission.ACCEPT,
-                status=verdict.status,
-                reason=verdict.reason,
-                message=verdict.message,
-                saturation=pressure.saturation[name] if pressure is not None else None,
-            )
-        )
-    lead = min(targets, key=lambda t: (t.status is not Status.PROGRESS, _rank(t.reason)))
-    points = {target.name: target.point for target in targets}
-    ordered = observation.ordered_replicas or 0
-    return BudgetPlan(
-        status=lead.status,
-        reason=lead.reason,
-        message=f"{lead.name}: {lead.message}",
-        classes=tuple(targets),
-        bridging=ordered > len(observation.ready),
-        fits=pressure.fits(points, policy.loop.rate_margin) if pressure is not None else None,
-    )
-
-
-def _rank(reason: Reason) -> int:
-    return _WEIGHT.index(reason) if reason in _WEIGHT else len(_WEIGHT)
-
-
-def _resting(policy: ServicePolicy, point: str) -> Reason:
-    return Reason.AT_FULL if point == FULL else Reason.STEADY if point == policy.max_point else Reason.BROWNOUT
-
-
-def _offered(pressure: Pressure) -> str:
-    rate = sum(rate for rate in pressure.rates.values() if rate is not None)
-    return f"{rate:.2f}/s" + (f" and {pressure.backlog} waiting" if pressure.backlog else "")
-
-
-def _listed(points: Points) -> str:
-    names = sorted(set(points.values()))
-    return names[0] if len(names) == 1 else ", ".join(f"{name}={point}" for name, point in sorted(points.items()))
-
-
-def _calm(pressure: Pressure, name: str) -> str:
-    saturation = pressure.saturation[name]
-    measured = "no latency samples" if saturation is None else f"saturation {saturation:.2f}"
-    return f"{measured}, offered {_offered(pressure)} on {pressure.ready} ready pods"

@@ -16,8 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from prism_api.profile import PointProfile, Profile
-from prism_operator.plan.demand import Lengths
-from prism_operator.plan.types import ClassPolicy
+from prism_operator.plan.types import ClassPolicy, Lengths
 
 OUTPUT_CV_SQUARED = 1.0
 """Squared coefficient of variation of output lengths: exponential, until lengths are kept by cell."""
@@ -132,6 +131,17 @@ class ClassLoad:
     policy: ClassPolicy
     per_s: float
     lengths: Lengths
+
+
+def scaled(profile: Profile, factor: float) -> Profile:
+    """The profile with every cost multiplied by `factor`; limits stay."""
+    if factor == 1.0:
+        return profile
+    points = {}
+    for name, point in profile.points.items():
+        costs = point.model_dump(exclude={"fit_error_permille"})
+        points[name] = point.model_copy(update={field: round(cost * factor) for field, cost in costs.items()})
+    return profile.model_copy(update={"points": points})
 
 
 def replicas_for(loads: Iterable[ClassLoad], points: Mapping[str, str], profile: Profile) -> float | None:

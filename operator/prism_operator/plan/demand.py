@@ -7,13 +7,16 @@ scaled up by the share heard.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prism_api.control import histogram_quantile
-from prism_operator.plan.types import ClassDelta, DemandState, LoopSettings, Observation, Sample, ServicePolicy
+from prism_operator.plan import calibration
+from prism_operator.plan.calibration import Evidence
+from prism_operator.plan.capacity import ClassLoad
+from prism_operator.plan.types import ClassDelta, DemandState, Lengths, LoopSettings, Observation, Sample, ServicePolicy
 
 COARSE_S = 10.0
-"""Width of the sums that keep history older than the long window."""
+"""Width of the sums that keep history older than the long window, and period of the profile's correction."""
 WIDEST_LONG_WINDOWS = 10
 """A sparse class's long window widens to this many long windows (60 s to 600 s)."""
 
@@ -32,14 +35,6 @@ class Rate:
     per_s: float
     arrivals: int
     span_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Mean tokens of a request."""
-
-    prompt_tokens: float
-    output_tokens: float
 
 
 def update(state: DemandState, observation: Observation, policy: ServicePolicy) -> DemandState:
@@ -65,7 +60,27 @@ def update(state: DemandState, observation: Observation, policy: ServicePolicy) 
             history = (*history, Sample(start_s, now_s, heard or 1.0, delta))
         keep_s = max(class_policy.window_s, WIDEST_LONG_WINDOWS * policy.loop.long_window_s)
         samples[name] = _compact(history, now_s - keep_s, now_s - policy.loop.long_window_s)
-    return DemandState(since_s=state.since_s, last_s=now_s, samples=samples)
+    due = now_s // COARSE_S > state.last_s // COARSE_S
+    pods = tuple(sorted(pod.uid for pod in observation.ready))
+    ready_since_s = state.ready_since_s if pods == state.ready_pods else now_s
+    state = replace(state, last_s=now_s, samples=samples, ready_pods=pods, ready_since_s=ready_since_s)
+    # Latencies seen with another number of pods say nothing about this one.
+    if not due or ready_since_s is None or now_s - ready_since_s <= policy.loop.long_window_s + COARSE_S:
+        return state
+    evidence = _evidence(state, policy)
+    factor = calibration.corrected(state.cost_factor, evidence, observation, policy.loop, COARSE_S)
+    return replace(state, cost_factor=factor)
+
+
+def _evidence(state: DemandState, policy: ServicePolicy) -> list[Evidence]:
+    evidence = []
+    for class_policy in policy.classes:
+        seen = window(state, class_policy.name, policy.loop.long_window_s)
+        rate = long_rate(state, class_policy.name, policy)
+        lengths = mean_lengths(state, class_policy.name)
+        if seen.arrived and rate is not None and lengths is not None:
+            evidence.append(Evidence(ClassLoad(class_policy, rate.per_s, lengths), seen))
+    return evidence
 
 
 def short_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | None:
@@ -108,12 +123,15 @@ def mean_lengths(state: DemandState, name: str) -> Lengths | None:
 
     Tokens are counted as they come, so requests in flight have given a part of theirs: on average half.
     """
-    total = total_of(state.samples.get(name, ()))
-    started = total.arrived - total.shed - total.cancelled
-    if total.finished <= 0 or total.arrived <= 0:
+    deltas = [sample.delta for sample in state.samples.get(name, ())]
+    arrived = sum(delta.arrived for delta in deltas)
+    finished = sum(delta.finished for delta in deltas)
+    if finished <= 0 or arrived <= 0:
         return None
-    in_flight = max(0, started - total.finished)
-    return Lengths(total.prompt_tokens / total.arrived, total.output_tokens / (total.finished + in_flight / 2))
+    in_flight = max(0, arrived - finished - sum(delta.shed + delta.cancelled for delta in deltas))
+    prompt_tokens = sum(delta.prompt_tokens for delta in deltas)
+    output_tokens = sum(delta.output_tokens for delta in deltas)
+    return Lengths(prompt_tokens / max(1, arrived), output_tokens / (finished + in_flight / 2))
 
 
 def window(state: DemandState, name: str, seconds: float) -> ClassDelta:
@@ -135,36 +153,37 @@ def attainment(delta: ClassDelta) -> float | None:
 
 
 def total_of(samples: Iterable[Sample]) -> ClassDelta:
-    total = ClassDelta()
-    for sample in samples:
-        total = add(total, sample.delta)
-    return total
+    return _sum([sample.delta for sample in samples])
 
 
 def add(left: ClassDelta, right: ClassDelta) -> ClassDelta:
     """Sum of two deltas, field by field."""
-    points = dict(left.tokens_by_point)
-    for point, tokens in right.tokens_by_point.items():
-        points[point] = points.get(point, 0) + tokens
+    return _sum([left, right])
+
+
+def _sum(deltas: list[ClassDelta]) -> ClassDelta:
+    points: dict[str, int] = {}
+    for delta in deltas:
+        for point, tokens in delta.tokens_by_point.items():
+            points[point] = points.get(point, 0) + tokens
     return ClassDelta(
-        arrived=left.arrived + right.arrived,
-        finished=left.finished + right.finished,
-        met=left.met + right.met,
-        missed=left.missed + right.missed,
-        shed=left.shed + right.shed,
-        cancelled=left.cancelled + right.cancelled,
-        prompt_tokens=left.prompt_tokens + right.prompt_tokens,
-        output_tokens=left.output_tokens + right.output_tokens,
-        ttft=_add_counts(left.ttft, right.ttft),
-        tpot=_add_counts(left.tpot, right.tpot),
+        arrived=sum(delta.arrived for delta in deltas),
+        finished=sum(delta.finished for delta in deltas),
+        met=sum(delta.met for delta in deltas),
+        missed=sum(delta.missed for delta in deltas),
+        shed=sum(delta.shed for delta in deltas),
+        cancelled=sum(delta.cancelled for delta in deltas),
+        prompt_tokens=sum(delta.prompt_tokens for delta in deltas),
+        output_tokens=sum(delta.output_tokens for delta in deltas),
+        ttft=_sum_counts([delta.ttft for delta in deltas]),
+        tpot=_sum_counts([delta.tpot for delta in deltas]),
         tokens_by_point=points,
     )
 
 
-def _add_counts(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
-    if not left or not right:
-        return left or right
-    return tuple(a + b for a, b in zip(left, right, strict=True))
+def _sum_counts(histograms: list[tuple[int, ...]]) -> tuple[int, ...]:
+    filled = [histogram for histogram in histograms if histogram]
+    return tuple(map(sum, zip(*filled, strict=True)))
 
 
 def _rate(state: DemandState, name: str, window_s: float, loop: LoopSettings) -> Rate | None:

@@ -99,7 +99,7 @@ def measure(observation: Observation, state: DemandState, policy: ServicePolicy,
         rates=rates,
         loads=_loads(policy, state, rates, backlog),
         backlog=backlog,
-        profile=observation.profile,
+        profile=None if observation.profile is None else capacity.scaled(observation.profile, state.cost_factor),
         saturation={
             class_policy.name: _saturation(class_policy, observation.now_s, state, policy, memory)
             for class_policy in policy.classes

@@ -16,6 +16,7 @@ is not replaced by ordering one more: a replica of the same template would most 
 import math
 from dataclasses import dataclass, replace
 
+from prism_api.profile import Profile
 from prism_api.service import ScalingControl
 from prism_operator.plan import capacity, demand
 from prism_operator.plan.capacity import ClassLoad
@@ -109,22 +110,23 @@ def _ask(observation: Observation, state: DemandState, policy: ServicePolicy) ->
         # Up follows the burst, for the up window takes the least ask; down follows the mean, for it takes the largest.
         peak.append(ClassLoad(class_policy, max(short.per_s, long.per_s), lengths))
         mean.append(ClassLoad(class_policy, long.per_s, lengths))
-    return _from_profile(observation, policy, peak, mean) or _from_saturation(observation, state, policy)
+    profile = observation.profile and capacity.scaled(observation.profile, state.cost_factor)
+    return _from_profile(profile, policy, peak, mean) or _from_saturation(observation, state, policy)
 
 
 def _from_profile(
-    observation: Observation, policy: ServicePolicy, peak: list[ClassLoad], mean: list[ClassLoad]
+    profile: Profile | None, policy: ServicePolicy, peak: list[ClassLoad], mean: list[ClassLoad]
 ) -> _Ask | None:
     offered = sum(load.per_s for load in peak)
     if not peak:
         return _Ask(0, 0, Reason.DEMAND, "no load in fresh reports")
-    if observation.profile is None:
+    if profile is None:
         return None
     floors = {class_policy.name: class_policy.floor for class_policy in policy.classes}
     tops = dict.fromkeys(floors, policy.max_point)
-    top = capacity.replicas_for(peak, tops, observation.profile)
-    bottom = capacity.replicas_for(peak, floors, observation.profile)
-    kept = capacity.replicas_for(mean, tops, observation.profile)
+    top = capacity.replicas_for(peak, tops, profile)
+    bottom = capacity.replicas_for(peak, floors, profile)
+    kept = capacity.replicas_for(mean, tops, profile)
     if top is None or bottom is None or kept is None:
         return None
     headroom = policy.effective.headroom
@@ -224,6 +226,27 @@ def _outside_bounds(observation: Observation, policy: ServicePolicy, ask: _Ask) 
     return _plan(Status.PROGRESS, limit or Reason.DEMAND, text, inside, ask, policy)
 
 
+@dataclass(frozen=True, slots=True)
+class _Tick:
+    """What the managed decision looks at; `stuck` ends the message of whatever holds the count."""
+
+    observation: Observation
+    demand_since_s: float
+    policy: ServicePolicy
+    ask: _Ask
+    ordered: int
+    starting: int
+    stuck: str
+
+    def hold(self, status: Status, reason: Reason, text: str) -> ReplicaPlan:
+        message = f"{self.ask.message}; {text}{self.stuck}" if text else f"{self.ask.message}{self.stuck}"
+        return _plan(status, reason, message, self.ordered, self.ask, self.policy)
+
+    def order(self, replicas: int, text: str) -> ReplicaPlan:
+        message = f"{self.ask.message}; {text}"
+        return _plan(Status.PROGRESS, Reason.DEMAND, message, replicas, self.ask, self.policy)
+
+
 def _managed(
     observation: Observation,
     demand_state: DemandState,
@@ -232,57 +255,65 @@ def _managed(
     ask: _Ask,
     stuck: tuple[PodView, ...],
 ) -> tuple[ReplicaPlan, ReplicaState]:
-    ordered = observation.ordered_replicas
-    assert ordered is not None, "the first order is given by _outside_bounds"
-    now_s = observation.now_s
-
-    def hold(status: Status, reason: Reason, text: str) -> tuple[ReplicaPlan, ReplicaState]:
-        return _plan(status, reason, text, ordered, ask, policy), state
-
+    assert observation.ordered_replicas is not None, "the first order is given by _outside_bounds"
+    names = ", ".join(pod.name for pod in stuck[:3])
+    tick = _Tick(
+        observation=observation,
+        demand_since_s=observation.now_s if demand_state.since_s is None else demand_state.since_s,
+        policy=policy,
+        ask=ask,
+        ordered=observation.ordered_replicas,
+        starting=len(observation.starting) - len(stuck),
+        stuck=f"; {len(stuck)} pods do not become ready ({names})" if stuck else "",
+    )
     if ask.up is None or ask.down is None:
-        return hold(Status.HOLD, ask.reason, ask.message)
+        return tick.hold(Status.HOLD, ask.reason, ""), state
     wanted, limit = _clamped(ask.up, policy)
-    up_since = now_s - policy.effective.stabilization_up_s
-    up = min(_clamped(one.up, policy)[0] for one in state.recommendations if one.at_s >= up_since)
-    starting = len(observation.starting) - len(stuck)
-    if wanted > ordered:
-        if demand_state.since_s is None or now_s - demand_state.since_s < policy.loop.short_window_s:
-            return hold(Status.HOLD, Reason.STABILIZING, f"{ask.message}; demand is seen for too short a time")
-        if up <= ordered:
-            return hold(Status.HOLD, Reason.STABILIZING, f"{ask.message}; not asked for all through the up window")
-        if starting > 0 and state.ordered_for is not None and ask.up <= state.ordered_for:
-            eta_s = expected_ready_s(observation, policy)
-            text = f"{ask.message}; {starting} pods start for this already, expected after {eta_s:.0f} s"
-            return hold(Status.HOLD, Reason.IN_FLIGHT, text)
-        granted = min(up, ordered + policy.effective.max_step)
-        cut = Reason.STEP_CAP if granted < up else limit
-        plan = _plan(Status.PROGRESS, Reason.DEMAND, f"{ask.message}; from {ordered}", granted, ask, policy)
-        return replace(plan, limited_by=cut), replace(state, ordered_for=ask.up)
-    if limit is not None and wanted == ordered:
-        return hold(Status.BLOCKED, limit, f"{ask.message}; the limit is {ordered}")
-    if stuck:
-        names = ", ".join(pod.name for pod in stuck[:3])
-        stuck_text = f"; {len(stuck)} pods do not become ready ({names})"
-    else:
-        stuck_text = ""
-    keep = max(_clamped(one.down, policy)[0] for one in state.recommendations)
-    if wanted >= ordered or _clamped(ask.down, policy)[0] >= ordered:
-        waiting = len(observation.ready) < ordered
-        reason = Reason.IN_FLIGHT if waiting else Reason.STEADY
+    if wanted > tick.ordered:
+        return _up(tick, ask.up, limit, state)
+    if limit is not None and wanted == tick.ordered:
+        return tick.hold(Status.BLOCKED, limit, f"the limit is {tick.ordered}"), state
+    if wanted == tick.ordered or _clamped(ask.down, policy)[0] >= tick.ordered:
+        missing = len(observation.ready) < tick.ordered
+        reason = Reason.IN_FLIGHT if missing else Reason.STEADY
         status = Status.BLOCKED if stuck else Status.HOLD
-        return hold(status, reason, f"{ask.message}; {ordered - 1} would not hold it with headroom{stuck_text}")
-    full_s = now_s - max(state.since_s or 0.0, demand_state.since_s or 0.0)
+        return tick.hold(status, reason, f"{tick.ordered - 1} would not hold it with headroom"), state
+    return _down(tick, state)
+
+
+def _up(tick: _Tick, asked: int, limit: Reason | None, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
+    now_s, policy = tick.observation.now_s, tick.policy
+    if now_s - tick.demand_since_s < policy.loop.short_window_s:
+        return tick.hold(Status.HOLD, Reason.STABILIZING, "demand is seen for too short a time"), state
+    since_s = now_s - policy.effective.stabilization_up_s
+    lasting = min(_clamped(one.up, policy)[0] for one in state.recommendations if one.at_s >= since_s)
+    if lasting <= tick.ordered:
+        return tick.hold(Status.HOLD, Reason.STABILIZING, "not asked for all through the up window"), state
+    if tick.starting > 0 and state.ordered_for is not None and asked <= state.ordered_for:
+        eta_s = expected_ready_s(tick.observation, policy)
+        text = f"{tick.starting} pods start for this already, expected ready {eta_s:.0f} s after creation"
+        return tick.hold(Status.HOLD, Reason.IN_FLIGHT, text), state
+    granted = min(lasting, tick.ordered + policy.effective.max_step)
+    plan = replace(
+        tick.order(granted, f"from {tick.ordered}"), limited_by=Reason.STEP_CAP if granted < lasting else limit
+    )
+    return plan, replace(state, ordered_for=asked)
+
+
+def _down(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
+    now_s, policy = tick.observation.now_s, tick.policy
+    seen_s = now_s - max(tick.demand_since_s, now_s if state.since_s is None else state.since_s)
     window_s = max(policy.effective.stabilization_down_s, policy.loop.long_window_s)
-    if full_s < window_s or demand_state.since_s is None:
-        text = f"{ask.message}; scale-down needs {window_s:.0f} s of history, {max(0.0, full_s):.0f} s seen{stuck_text}"
-        return hold(Status.HOLD, Reason.STABILIZING, text)
-    if keep >= ordered:
-        return hold(Status.HOLD, Reason.STABILIZING, f"{ask.message}; the down window saw a need of {keep}{stuck_text}")
+    if seen_s < window_s:
+        text = f"scale-down needs {window_s:.0f} s of history, {max(0.0, seen_s):.0f} s seen"
+        return tick.hold(Status.HOLD, Reason.STABILIZING, text), state
+    keep = max(_clamped(one.down, policy)[0] for one in state.recommendations)
+    if keep >= tick.ordered:
+        return tick.hold(Status.HOLD, Reason.STABILIZING, f"the down window saw a need of {keep}"), state
     if state.lowered_s is not None and now_s - state.lowered_s < policy.loop.down_period_s:
-        text = f"{ask.message}; one pod less each {policy.loop.down_period_s:.0f} s{stuck_text}"
-        return hold(Status.HOLD, Reason.STABILIZING, text)
-    text = f"{ask.message}; from {ordered}, largest need of the down window {keep}{stuck_text}"
-    plan = _plan(Status.PROGRESS, Reason.DEMAND, text, ordered - 1, ask, policy)
+        text = f"one pod less each {policy.loop.down_period_s:.0f} s"
+        return tick.hold(Status.HOLD, Reason.STABILIZING, text), state
+    plan = tick.order(tick.ordered - 1, f"from {tick.ordered}, largest need of the down window {keep}")
     return plan, replace(state, lowered_s=now_s, ordered_for=None)
 
 

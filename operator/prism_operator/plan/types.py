@@ -154,6 +154,8 @@ class LoopSettings:
     """Share of offered load that ready capacity must have to spare in the fast loop."""
     restore_rate_margin: float = 0.15
     """The same for a step up: so much more that a load which varies by 10 % does not flap between two points."""
+    calibration_s: float = 120.0
+    """Time constant of the correction of a profile that does not agree with what is observed."""
     missed_polls: int = 3
     pod_ready_s: float = 120.0
     """Assumed creation-to-Ready time until one was measured."""
@@ -238,6 +240,14 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Lengths:
+    """Mean tokens of a request."""
+
+    prompt_tokens: float
+    output_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
 class DemandState:
     """Samples per class, oldest first: single ticks in the long window, ten-second sums before it."""
 
@@ -245,6 +255,12 @@ class DemandState:
     """First observation of this process: how long the history is."""
     last_s: float | None = None
     samples: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
+    ready_pods: tuple[str, ...] = ()
+    """Uids of the ready pods of the last observation."""
+    ready_since_s: float | None = None
+    """Since when exactly these are ready."""
+    cost_factor: float = 1.0
+    """Observed over predicted step time: what the profile's costs are multiplied by. See `plan.calibration`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_operator.plan import budget, children, demand, replicas
+from prism_operator.plan.capacity import ClassLoad, time_per_token_s
 from prism_operator.plan.children import ChildSettings
 from prism_operator.plan.types import (
     BudgetState,
     ClassBudgetState,
     DemandState,
+    Lengths,
     LoopSettings,
     Observation,
     PodView,
@@ -274,8 +276,11 @@ def test_constant_load_orders_replicas_once(rate: int) -> None:
     """No oscillation between N and N-1 at any load."""
     policy = service_policy(LoopSettings(slow_period_s=5.0), scaling={"minReplicas": 1, "maxReplicas": 10})
     state, history, ordered, orders = ReplicaState(), DemandState(), 1, []
-    for tick in range(150):
-        seen = observation(5.0 * tick, ordered, classes={"interactive": delta(rate * 5)})
+    loads = [ClassLoad(policy.classes[0], float(rate), Lengths(64, 32))]
+    for tick in range(120):
+        tpot_s = time_per_token_s(loads, {"interactive": "full"}, profile(), ordered)
+        grown = delta(rate * 5, tpot_ms=1000 * min(10.0, tpot_s or 0.0))
+        seen = observation(5.0 * tick, ordered, classes={"interactive": grown})
         history = demand.update(history, seen, policy)
         plan, state = replicas.decide(seen, history, policy, state)
         orders += [plan.replicas] if plan.replicas != ordered else []

@@ -203,6 +203,11 @@ def test_silent_pod_counts_at_full() -> None:
     assert ladder.index(one_silent.by_name(NAME).point) < ladder.index(both.by_name(NAME).point)
 
 
+def test_silent_pod_counts_at_full_and_not_as_gone() -> None:
+    plan, _ = _decide(10, pods=(pod("a"), pod("b", stale=True)))
+    assert plan.by_name(NAME).point == "full"
+
+
 def test_unknown_load_never_raises_a_budget() -> None:
     plan, _ = budget.decide(observation(NOW_S), DemandState(), service_policy(), _state("b500"))
     assert plan.by_name(NAME).point == "b500"
@@ -263,6 +268,11 @@ class TestTwoClasses:
         assert plan.by_name("bulk").admission is Admission.SHED
         assert plan.by_name("gold").admission is Admission.ACCEPT
         assert plan.fits is False
+
+    def test_class_that_queues_is_never_shed(self) -> None:
+        plan = self._run({"gold": 14, "bulk": 3}, self._policy(), ("b500", "b500"))
+        assert plan.by_name("bulk").admission is Admission.SHED
+        assert plan.by_name("gold").admission is Admission.ACCEPT
 
     def test_nothing_is_shed_above_the_floors(self) -> None:
         plan = self._run({"gold": 3, "bulk": 4}, self._policy(), ("full", "full"))

@@ -5,6 +5,7 @@ import json
 import re
 from typing import Any
 
+import kubernetes_validate
 import pytest
 
 from prism_operator.plan.children import INTENT_HASH, ChildSettings, control_secret_name, intent_hash, render
@@ -223,3 +224,13 @@ def test_names_and_label_values_are_valid_for_the_longest_service() -> None:
     for child in children:
         for value in child["metadata"]["labels"].values():
             assert re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", value)
+
+
+def test_every_child_is_valid_for_the_api_server() -> None:
+    claim = model_spec(source={"persistentVolumeClaim": {"claimName": "models"}})
+    accelerator = {"name": "h100", "resource": {"name": "nvidia.com/gpu"}}
+    pod = {"tolerations": [{"key": "gpu", "operator": "Exists"}], "priorityClassName": "high"}
+    pools = [{"name": "main", "accelerator": accelerator, "pod": pod}]
+    for children in (_render(), _render(model=claim, pools=pools)):
+        for child in children.values():
+            kubernetes_validate.validate(child, "1.37", strict=True)

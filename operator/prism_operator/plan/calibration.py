@@ -1,0 +1,77 @@
+"""Correction of a profile that does not agree with what pods do: one factor on all of its costs.
+
+Observed mean time per output token over the predicted one, wherever the prediction is good: one point per class in the
+window, enough requests, utilisation at most 0.7 (by the profile; beyond it the closed form is off, and a profile that
+is too optimistic believes itself below). The factor moves slowly and says nothing about single points.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from prism_api.control import HISTOGRAM_BOUNDS_MS
+from prism_operator.plan import capacity
+from prism_operator.plan.capacity import ClassLoad
+from prism_operator.plan.types import ClassDelta, LoopSettings, Observation
+
+LEAST, MOST = 0.5, 2.0
+UNDECIDED = HISTOGRAM_BOUNDS_MS[1] / HISTOGRAM_BOUNDS_MS[0]
+"""Width of a latency bucket: a ratio closer to 1 than this cannot be told from rounding and counts as 1."""
+STEADY_SHARE = 0.9
+"""Share of a window's tokens that one point must have made for the prediction to be about that point."""
+TRUSTED_UTILISATION = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One class's traffic in the long window."""
+
+    load: ClassLoad
+    seen: ClassDelta
+
+
+def corrected(
+    factor: float, evidence: list[Evidence], observation: Observation, loop: LoopSettings, elapsed_s: float
+) -> float:
+    """The factor after `elapsed_s` more of this evidence; it stays where it is while nothing can be judged."""
+    ratio = _ratio(evidence, observation, loop)
+    if ratio is None:
+        return factor
+    target = 1.0 if 1 / UNDECIDED < ratio < UNDECIDED else min(MOST, max(LEAST, ratio))
+    return factor + (1 - math.exp(-elapsed_s / loop.calibration_s)) * (target - factor)
+
+
+def _ratio(evidence: list[Evidence], observation: Observation, loop: LoopSettings) -> float | None:
+    profile, ready = observation.profile, len(observation.ready)
+    requests = sum(sum(one.seen.tpot) for one in evidence)
+    if profile is None or not ready or len(observation.fresh) < ready or requests < loop.enough_arrivals:
+        return None
+    points = {}
+    for one in evidence:
+        point = _steady_point(one.seen)
+        if point is None:
+            return None
+        points[one.load.policy.name] = point
+    loads = [one.load for one in evidence]
+    idle_s = capacity.time_per_token_s([replace(load, per_s=1e-9) for load in loads], points, profile, ready)
+    predicted_s = capacity.time_per_token_s(loads, points, profile, ready)
+    if not idle_s or not predicted_s or 1 - idle_s / predicted_s > TRUSTED_UTILISATION:
+        return None
+    return sum(_sum_s(one.seen.tpot) for one in evidence) / requests / predicted_s
+
+
+def _steady_point(seen: ClassDelta) -> str | None:
+    total = sum(seen.tokens_by_point.values())
+    point = max(seen.tokens_by_point, key=lambda name: seen.tokens_by_point[name], default=None)
+    return point if point is not None and seen.tokens_by_point[point] >= STEADY_SHARE * total > 0 else None
+
+
+def _sum_s(histogram: tuple[int, ...]) -> float:
+    """Sum of the latencies of a histogram, each taken at the geometric middle of its bucket."""
+    if not histogram:
+        return 0.0
+    finite = [*HISTOGRAM_BOUNDS_MS[:-1], HISTOGRAM_BOUNDS_MS[-2]]
+    bounds = [HISTOGRAM_BOUNDS_MS[0] / UNDECIDED, *finite]
+    return sum(
+        count * math.sqrt(low * high) / 1000 for count, (low, high) in zip(histogram, pairwise(bounds), strict=True)
+    )
