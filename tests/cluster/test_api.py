@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from prism_api.base import Document
 from prism_api.crd import all_definitions
@@ -302,3 +303,18 @@ def fields_of(node: Manifest, path: str = "") -> list[tuple[str, Manifest]]:
 def test_the_server_finds_the_schema_structural_and_the_names_free(cluster: Cluster, name: str) -> None:
     conditions = {c["type"]: c["status"] for c in cluster.get("crd", name)["status"]["conditions"]}
     assert conditions == {"NamesAccepted": "True", "Established": "True"}
+
+
+# ---- examples ---------------------------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLE_FILES = sorted([*EXAMPLES.glob("*.yaml"), *EXAMPLES.glob("services/*/*.yaml")])
+
+
+@pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_an_example_is_accepted_as_it_stands(cluster: Cluster, namespace: str, path: Path) -> None:
+    documents = [d for d in yaml.safe_load_all(path.read_text()) if d and not d["apiVersion"].startswith("keda.sh/")]
+    for document in documents:
+        if document["kind"] != "Namespace":
+            document["metadata"]["namespace"] = namespace
+            assert create(cluster, namespace, document, "--dry-run=server")["metadata"]["name"]
