@@ -20,6 +20,8 @@ from prism_runtime.engine.types import Plan, Request, Sampling, StepReport
 DECODE_STEPS = 6
 """Steps measured at each shape. The fit takes all of them but the first step of a short run, which warms up."""
 
+OUTLIER_FACTOR = 2.0
+
 FloatArray = NDArray[np.float64]
 
 
@@ -47,7 +49,7 @@ def measure_profile(
     *,
     accelerator: str,
     clock: Callable[[], float] = time.perf_counter,
-    progress: Callable[[str], None] = lambda point: None,
+    progress: Callable[[str], None] = lambda shape: None,
 ) -> Profile:
     """Profile of an idle engine; leaves it idle. Nobody else may step it meanwhile.
 
@@ -55,32 +57,32 @@ def measure_profile(
     """
     if engine.has_work:
         raise RuntimeError("a profile is measured on an idle engine; this one has requests")
-    before = engine.plan
-    points: dict[str, PointProfile] = {}
+    before, names = engine.plan, engine.ladder.names
+    samples: dict[str, list[StepSample]] = {name: [] for name in names}
     ids = itertools.count()
-    for index, name in enumerate(engine.ladder.names):
-        progress(name)
-        engine.set_plan(Plan(before.version, (index,) * CLASS_SLOTS))
-        samples: list[StepSample] = []
-        for sequences, prompt_tokens in _shapes(limits):
-            samples += _run_shape(engine, sequences, prompt_tokens, clock, ids)
-        points[name] = fit_point(samples)
+    for sequences, prompt_tokens in _shapes(limits):
+        progress(f"{sequences} sequences of {prompt_tokens} prompt tokens")
+        # Points take turns at each shape, so that a busy moment of the machine does not fall on one of them alone.
+        for index, name in enumerate(names):
+            engine.set_plan(Plan(before.version, (index,) * CLASS_SLOTS))
+            samples[name] += _run_shape(engine, sequences, prompt_tokens, clock, ids)
     engine.set_plan(before)
     engine.step()
     return Profile(
         accelerator=accelerator,
-        provenance=f"measured at start: wall clock of about {len(samples)} engine steps a point, least squares",
+        provenance=f"measured at start: wall clock of {len(samples[names[0]])} engine steps a point, least squares",
         max_sequences=limits.max_sequences,
         kv_tokens=limits.kv_tokens,
         prefill_tokens_per_step=limits.prefill_tokens_per_step,
-        points=points,
+        points={name: fit_point(taken) for name, taken in samples.items()},
     )
 
 
 def fit_point(samples: list[StepSample]) -> PointProfile:
     """Non-negative least squares of the profile's formula, and the mean absolute error relative to the mean step.
 
-    Costs cannot be negative, so a column whose coefficient is negative is dropped and the rest fitted again.
+    Fitted twice: steps that took over twice the first fit's time met something else on the machine and are left out of
+    the second, but not of the error, which so tells how quiet the machine was.
     """
     rows = [
         (1.0, s.decode_sequences, s.context_tokens / 1000, 1.0 if s.prefill_tokens else 0.0, s.prefill_tokens)
@@ -88,6 +90,8 @@ def fit_point(samples: list[StepSample]) -> PointProfile:
     ]
     shape, seconds = np.array(rows, dtype=np.float64), np.array([s.seconds for s in samples])
     cost = _non_negative_least_squares(shape, seconds)
+    usual = seconds <= OUTLIER_FACTOR * (shape @ cost)
+    cost = _non_negative_least_squares(shape[usual], seconds[usual])
     error = float(np.abs(shape @ cost - seconds).mean() / seconds.mean())
     base, sequence, kilotoken, prefill_base, prefill_token = (round(float(c) * 1e9) for c in cost)
     return PointProfile(
@@ -101,6 +105,7 @@ def fit_point(samples: list[StepSample]) -> PointProfile:
 
 
 def _non_negative_least_squares(shape: FloatArray, seconds: FloatArray) -> FloatArray:
+    """Costs cannot be negative, so a column whose coefficient is negative is dropped and the rest fitted again."""
     columns = list(range(shape.shape[1]))
     while True:
         cost = np.zeros(shape.shape[1])

@@ -84,7 +84,7 @@ def print_profile(
         engine,
         kv_sized(limits),
         accelerator=accelerator,
-        progress=lambda point: print(f"measuring {point}", file=sys.stderr),
+        progress=lambda shape: print(f"measuring {shape}", file=sys.stderr),
     )
     print(json.dumps(profile.to_wire(), indent=2))
     return 0
