@@ -1,0 +1,1 @@
+"""The demo: from nothing to a measured comparison. `python -m examples.demo --help` tells its options."""
