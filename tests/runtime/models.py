@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prism_api.manifest import Calibration, Manifest, MeasuredPoint, Shape, SourceModel
 from prism_runtime.engine.engine import Engine
+from prism_runtime.engine.experts_hook import experts_modules
 from prism_runtime.engine.types import Event, Finished, Plan, Request, Sampling, Token
 from prism_runtime.kernels.plan import PlanTables
 
@@ -75,6 +76,15 @@ def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
         if name.endswith(("bias", "sinks")):
             # Library initialisation leaves them zero, which would hide a lost one.
             torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def masked_model(architecture: str, count: int) -> PreTrainedModel:
+    """The stock model whose experts keep their first `count` of SUB_EXPERTS groups of neurons and lose the others."""
+    model = tiny_model(architecture)
+    for _, experts in experts_modules(model):
+        down = experts.down_proj.data if experts.is_transposed else experts.down_proj.data.transpose(1, 2)
+        down[:, down.shape[1] * count // SUB_EXPERTS :] = 0
     return model
 
 

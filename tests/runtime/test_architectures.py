@@ -1,12 +1,20 @@
 """Seven architectures at full budget are the stock model; smaller budgets are the dense model with neurons masked."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from prism_runtime.engine.experts_hook import UnsupportedModel, pack
 from prism_runtime.engine.model import Chunk
 from tests.runtime.models import (
     ARCHITECTURES,
+    BASE,
+    COUNTS,
+    SUB_EXPERTS,
+    masked_model,
     prompts,
     request,
     run,
@@ -41,3 +49,58 @@ def test_continuous_batching_at_full_budget_gives_the_greedy_tokens_of_the_stock
     events = run(engine)
     for i, prompt in enumerate(texts):
         assert tokens_of(events, f"r{i}") == stock_greedy(stock, prompt, 10 + i), f"prompt {i}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("point", range(len(COUNTS) - 1))
+def test_smaller_budget_gives_the_logits_of_the_dense_model_without_the_other_neurons(
+    architecture: str, point: int
+) -> None:
+    (prompt,) = prompts([23])
+    engine = tiny_engine(architecture)
+    full = engine.model.logits([Chunk(0, 0, prompt, 0)])[0]
+    engine.model.plan.write([point])
+    logits = engine.model.logits([Chunk(0, 0, prompt, 0)])[0]
+    with torch.inference_mode():
+        stock = masked_model(architecture, COUNTS[point])
+        expected = stock(torch.tensor([prompt]), use_cache=False).logits[0, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert (logits - full).abs().max() > 0.01
+
+
+def test_realised_budget_is_the_share_of_sub_experts_that_ran() -> None:
+    engine = tiny_engine()
+    for point, count in enumerate(COUNTS):
+        engine.model.plan.write([point])
+        engine.model.plan.reset_counters()
+        engine.model.logits([Chunk(0, 0, prompts([9])[0], 0), Chunk(1, 0, prompts([6])[0], 0)])
+        assert engine.model.plan.realised_budget == count / SUB_EXPERTS
+
+
+def test_packed_model_refuses_stock_experts_and_saving(tmp_path: Path) -> None:
+    model = tiny_engine().model.model
+    with pytest.raises(RuntimeError, match="packed into sub-experts"):
+        model.set_experts_implementation("eager")
+    with pytest.raises(RuntimeError, match="copy the artifact"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_packing_leaves_no_second_copy_of_the_experts() -> None:
+    stock = sum(parameter.numel() for parameter in tiny_model("qwen3_moe").parameters())
+    packed = tiny_engine("qwen3_moe").model.model
+    sizes = [tensor.numel() for tensor in (*packed.parameters(), *packed.buffers())]
+    assert stock <= sum(sizes) < 1.01 * stock
+
+
+def test_experts_that_cannot_be_cut_evenly_are_refused_before_the_model_is_changed() -> None:
+    model = tiny_model("qwen3_moe")
+    with pytest.raises(UnsupportedModel, match=r"32 neurons an expert cannot be cut into 5 .* possible: \[1, 2, 4"):
+        pack(model, 5)
+    assert model(torch.tensor([[3, 4]])).logits.isfinite().all()
+
+
+def test_model_without_fused_experts_is_refused() -> None:
+    config = AutoConfig.for_model("llama", **BASE)
+    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM has no fused experts"):
+        pack(AutoModelForCausalLM.from_config(config), 4)

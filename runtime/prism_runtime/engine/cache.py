@@ -106,6 +106,7 @@ class SlotCache(Cache):
         store[self._write_slots, :, self._write_positions] = tokens if self._valid is None else tokens[self._valid]
         return store[self._read, :, : self._length]
 
+    @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Erase a slot whose forward failed: masked keys get weight 0, and 0 times a stale NaN is NaN."""
         for store in (*self._keys.values(), *self._values.values()):

@@ -78,7 +78,8 @@ def refactor_model(
     if neurons % sub_experts:
         raise RecipeRefused(f"{neurons} neurons an expert cannot be cut into {sub_experts} equal sub-experts")
 
-    text, texts = _read_text(calibration, evaluation, tokenizer)
+    length = min(SEQUENCE_LENGTH, model.config.get_text_config().max_position_embeddings)
+    text, texts = _read_text(calibration, evaluation, tokenizer, length)
     with _progress() as progress:
         task = progress.add_task("calibrate", total=len(text.calibration))
         saliency = calibrate(model, text.calibration, lambda n: progress.advance(task, n))
@@ -115,7 +116,7 @@ def refactor_model(
                 norm_topk_prob=_normalises_top_k(model),
             ),
             files=list_files(target),
-            calibration=Calibration(texts=texts, sequence_length=SEQUENCE_LENGTH, seeds=[0]),
+            calibration=Calibration(texts=texts, sequence_length=length, seeds=[0]),
             partition={"objective": "energy", "order": "descending"},
             gate={"kind": "none", "selection": "prefix"},
             operating_points=[_measured_point(permille, quality[permille]) for permille in kept],
@@ -128,8 +129,9 @@ def refactor_model(
 def evaluate_artifact(directory: Path, text: Path, sequences_per_domain: int | None = None) -> dict[str, PointQuality]:
     """Quality of every operating point of an artifact on a text file. Raises ArtifactRefused or TextRefused."""
     artifact = open_artifact(directory)
+    length = artifact.manifest.calibration.sequence_length
     model, tokenizer = load_pretrained(directory)
-    sequences = cut_sequences(read_documents(text), tokenizer, SEQUENCE_LENGTH, sequences_per_domain)
+    sequences = cut_sequences(read_documents(text), tokenizer, length, sequences_per_domain)
     names = artifact.manifest.ladder.names
     with _progress() as progress:
         task = progress.add_task("evaluate", total=len(sequences))
@@ -191,14 +193,16 @@ def _measured_point(permille: int, quality: PointQuality) -> MeasuredPoint:
     )
 
 
-def _read_text(calibration: Path, evaluation: Path | None, tokenizer: Any) -> tuple[_Text, list[CalibrationText]]:
+def _read_text(
+    calibration: Path, evaluation: Path | None, tokenizer: Any, length: int
+) -> tuple[_Text, list[CalibrationText]]:
     documents = read_documents(calibration)
     if evaluation is None:
         documents, held = hold_out(documents)
     else:
         held = read_documents(evaluation)
-    fit = cut_sequences(documents, tokenizer, SEQUENCE_LENGTH, SEQUENCES_PER_DOMAIN)
-    measured = cut_sequences(held, tokenizer, SEQUENCE_LENGTH, SEQUENCES_PER_DOMAIN)
+    fit = cut_sequences(documents, tokenizer, length, SEQUENCES_PER_DOMAIN)
+    measured = cut_sequences(held, tokenizer, length, SEQUENCES_PER_DOMAIN)
     return _Text(fit, measured), provenance(calibration, documents, fit)
 
 

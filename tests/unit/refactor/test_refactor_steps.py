@@ -1,0 +1,123 @@
+"""Pure steps of the offline engine: text, partition, points, quality."""
+
+import gzip
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import torch
+
+from prism_api.manifest import Divergence
+from prism_runtime.refactor.evaluate import PointQuality, clustered_mean
+from prism_runtime.refactor.partition import Saliency, invert, partition_by_energy
+from prism_runtime.refactor.recipe import RecipeRefused, prefix_counts, strictly_rising
+from prism_runtime.refactor.text import Document, TextRefused, cut_sequences, hold_out, read_documents
+
+
+def quality(mean: float, standard_error: float = 0.0) -> PointQuality:
+    return PointQuality(Divergence(mean=mean, standard_error=standard_error, p99=0, tokens=1), 1.0, 1000, {})
+
+
+def saliency(experts: int = 3, neurons: int = 16) -> Saliency:
+    generator = torch.Generator().manual_seed(0)
+    energy = torch.rand(experts, neurons, generator=generator)
+    return Saliency(energy, torch.rand(experts, neurons, generator=generator), torch.ones(experts, dtype=torch.int64))
+
+
+def test_partition_is_a_bijection_and_its_inverse_undoes_it() -> None:
+    perm = partition_by_energy(saliency(), 4).perm
+    assert torch.equal(perm.sort(1).values, torch.arange(16, dtype=torch.int32).expand(3, -1))
+    assert torch.equal(perm.long().gather(1, invert(perm)), torch.arange(16).expand(3, -1))
+
+
+def test_sub_experts_descend_in_energy_and_keep_all_of_it() -> None:
+    measured = saliency()
+    partition = partition_by_energy(measured, 4)
+    assert (partition.energy.diff(dim=1) <= 0).all()
+    torch.testing.assert_close(partition.energy.sum(1), measured.energy.sum(1))
+    torch.testing.assert_close(partition.prior.square().sum(1), measured.power.sum(1))
+
+
+def test_neurons_of_equal_energy_keep_the_order_of_the_source() -> None:
+    flat = Saliency(torch.ones(2, 8), torch.ones(2, 8), torch.ones(2, dtype=torch.int64))
+    assert torch.equal(partition_by_energy(flat, 2).perm, torch.arange(8, dtype=torch.int32).expand(2, -1))
+
+
+def test_standard_error_counts_sequences_within_domains() -> None:
+    mean, error, by_domain = clustered_mean([1.0, 3.0, 10.0, 10.0, 10.0], ["a", "a", "b", "b", "b"])
+    assert by_domain == {"a": 2.0, "b": 10.0}
+    assert mean == 6.0
+    assert error == pytest.approx(0.5)  # variance of a's mean is 2 / 2 = 1, of b's 0; half of each mean counts
+
+
+def test_domain_with_one_sequence_has_no_standard_error_and_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least 2 sequences of every domain; \['b'\] have 1"):
+        clustered_mean([1.0, 2.0, 3.0], ["a", "a", "b"])
+
+
+def test_quality_is_cut_to_four_digits_and_its_bound_uses_the_standard_error() -> None:
+    assert quality(0.1).relative_quality == Decimal("0.9048")  # exp(-0.1) is 0.904837
+    assert quality(0.1, 0.01).relative_quality_low == Decimal("0.8872")  # exp(-0.1196) is 0.887275
+    assert quality(-1e-9).relative_quality == 1
+
+
+def test_only_points_of_strictly_rising_quality_stay_on_the_ladder() -> None:
+    measured = {250: quality(0.5), 500: quality(0.2), 625: quality(0.2), 750: quality(0.1), 1000: quality(0.0)}
+    assert strictly_rising(measured) == [250, 625, 750, 1000]
+    assert strictly_rising({500: quality(0.0), 1000: quality(0.0)}) == [1000]
+
+
+def test_default_budgets_are_the_multiples_of_one_sub_expert_from_a_quarter_up() -> None:
+    assert prefix_counts(None, 8) == {250: 2, 375: 3, 500: 4, 625: 5, 750: 6, 875: 7, 1000: 8}
+    assert prefix_counts([125], 8) == {125: 1, 1000: 8}
+
+
+def test_budget_that_no_number_of_sub_experts_gives_is_refused_with_those_that_do() -> None:
+    with pytest.raises(RecipeRefused, match=r"\[600\] are no multiples .* possible: \[250, 500, 750, 1000\]"):
+        prefix_counts([600, 500], 4)
+
+
+def test_documents_are_read_from_jsonl_plain_text_and_gzip(tmp_path: Path) -> None:
+    lines = json.dumps({"text": "a", "domain": "d", "licence": "l"}) + "\n" + json.dumps({"text": "b"}) + "\n"
+    (tmp_path / "t.jsonl").write_text(lines)
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "t.txt").write_text(lines)
+    wanted = [Document("a", "d", "l"), Document("b")]
+    assert read_documents(tmp_path / "t.jsonl") == read_documents(tmp_path / "t.jsonl.gz") == wanted
+    assert read_documents(tmp_path / "t.txt") == [Document(lines)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"t.jsonl' line 2 must be an object with a string 'text'"),
+        ("t.jsonl.gz", b"not gzip", "t.jsonl.gz' cannot be read as UTF-8 text"),
+        ("t.txt", b"\xff\xfe", "t.txt' cannot be read as UTF-8 text"),
+    ],
+)
+def test_unreadable_text_is_refused_with_file_and_reason(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TextRefused, match=message):
+        read_documents(tmp_path / name)
+
+
+def test_held_out_documents_are_disjoint_and_cover_every_domain() -> None:
+    documents = [Document(f"{domain}{i}", domain) for domain in "ab" for i in range(8)]
+    kept, held = hold_out(documents)
+    assert {d.text for d in kept} | {d.text for d in held} == {d.text for d in documents}
+    assert [d.text for d in held] == ["a3", "a7", "b3", "b7"]
+
+
+def test_sequences_are_whole_windows_of_one_document_and_bounded_by_domain() -> None:
+    def letters(text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    documents = [Document("abcdefg", "x"), Document("hij", "x"), Document("klm", "y")]
+    sequences = cut_sequences(documents, letters, 3)
+    assert ["".join(map(chr, s.ids)) for s in sequences] == ["abc", "def", "hij", "klm"]
+    assert [s.domain for s in cut_sequences(documents, letters, 3, per_domain=2)] == ["x", "x", "y"]
+    with pytest.raises(TextRefused, match="no document has 8 tokens"):
+        cut_sequences(documents, letters, 8)
