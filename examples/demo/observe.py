@@ -50,10 +50,16 @@ def _series(page: str) -> Iterator[tuple[str, Mapping[str, str], float]]:
 
 
 class Observer:
-    """One service seen through `api`, the address of a kubectl proxy."""
+    """One service, seen through a session whose every request reaches a kubectl proxy or an API server at `api`."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, api: str, *, namespace: str, service: str, operator_namespace: str
+        self,
+        session: aiohttp.ClientSession,
+        *,
+        namespace: str,
+        service: str,
+        operator_namespace: str,
+        api: str = "http://localhost",
     ) -> None:
         self._session, self._api = session, api
         self._pods = f"/api/v1/namespaces/{namespace}/pods"

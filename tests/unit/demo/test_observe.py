@@ -68,7 +68,8 @@ def _observed() -> tuple[Sample, dict[float, float]]:
         try:
             async with ClientSession() as session:
                 api = f"http://127.0.0.1:{runner.addresses[0][1]}"
-                observer = Observer(session, api, namespace="demo", service="chat", operator_namespace="prism-system")
+                names = {"namespace": "demo", "service": "chat", "operator_namespace": "prism-system"}
+                observer = Observer(session, **names, api=api)
                 return await observer.sample(), await observer.acknowledgements()
         finally:
             await runner.cleanup()

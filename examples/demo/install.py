@@ -1,0 +1,99 @@
+"""Puts the operator and the demo's service on a cluster, with the commands a user would type."""
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from examples.demo import manifests
+from prism_api.model import PrismModelSpec
+from tests.localcluster import paths
+from tests.localcluster.cluster import Cluster
+
+RELEASE, OPERATOR_NAMESPACE = "prism", "prism-system"
+CHART = paths.REPOSITORY / "helm" / "prism"
+READY_WITHIN_S, GONE_WITHIN_S = 240, 120
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """References that the cluster can pull."""
+
+    operator: str
+    runtime: str
+    model: str
+
+
+def install_operator(cluster: Cluster, image: str) -> None:
+    """Namespaces under Pod Security `restricted`, and the chart. Idempotent."""
+    for namespace in (OPERATOR_NAMESPACE, _namespace()):
+        labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+        metadata = {"name": namespace, "labels": labels}
+        _apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+        cluster.wait_for_namespace(namespace)
+    repository, tag = image.rsplit(":", 1)
+    cluster.helm(
+        *("upgrade", "--install", RELEASE, str(CHART), "-n", OPERATOR_NAMESPACE, "--wait", "--timeout", "180s"),
+        *("--take-ownership", "--force-conflicts"),
+        *("--set", f"image.repository={repository},image.tag={tag},replicas=1"),
+        *("--set", f"tenantNamespaces={{{_namespace()}}},operator.slowLoopSeconds={manifests.SLOW_LOOP_S}"),
+    )
+
+
+def uninstall(cluster: Cluster) -> None:
+    """Everything but the CRDs and the cluster."""
+    cluster.kubectl("delete", "namespace", _namespace(), "--ignore-not-found", "--wait=false")
+    cluster.helm("uninstall", RELEASE, "-n", OPERATOR_NAMESPACE, "--ignore-not-found")
+    cluster.kubectl("delete", "namespace", OPERATOR_NAMESPACE, "--ignore-not-found", "--wait=false")
+
+
+def apply_model(cluster: Cluster, image: str) -> PrismModelSpec:
+    model = manifests.model(image)
+    _apply(cluster, model)
+    return PrismModelSpec.model_validate(model["spec"])
+
+
+def start_service(cluster: Cluster, service: Object) -> float:
+    """Apply a PrismService and wait until it is Ready with its fewest replicas; the seconds that took."""
+    began_s = time.monotonic()
+    name, fewest = service["metadata"]["name"], service["spec"]["scaling"]["minReplicas"]
+    _apply(cluster, service)
+
+    def settled() -> bool:
+        status = cluster.get("psvc", name, "-n", _namespace())["status"]
+        ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status["conditions"])
+        counts = (status["replicas"], status["readyReplicas"], status["budget"]["ackedReplicas"])
+        return ready and counts == (fewest, fewest, fewest)
+
+    cluster.wait_until(
+        f"psvc/{name} is Ready with {fewest} replica(s) that follow the operator", settled, READY_WITHIN_S
+    )
+    return time.monotonic() - began_s
+
+
+def end_service(cluster: Cluster, service: Object) -> None:
+    """Delete a PrismService and wait until its last pod is gone, so that the next one starts from nothing."""
+    name = service["metadata"]["name"]
+    cluster.kubectl("delete", "psvc", name, "-n", _namespace(), "--ignore-not-found")
+
+    def gone() -> bool:
+        selector = ("-l", f"moeprism.io/service={name}")
+        return not cluster.get("pods", "-n", _namespace(), *selector)["items"]
+
+    cluster.wait_until(f"the pods of psvc/{name} are gone", gone, GONE_WITHIN_S)
+
+
+def service_url(cluster: Cluster, service: Object) -> str:
+    """The Service's cluster address, which a node reaches through its kube-proxy."""
+    spec = cluster.get("service", service["metadata"]["name"], "-n", _namespace())["spec"]
+    return f"http://{spec['clusterIP']}:{spec['ports'][0]['port']}"
+
+
+def _apply(cluster: Cluster, document: Object) -> None:
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", input=json.dumps(document))
+
+
+def _namespace() -> str:
+    namespace: str = manifests.service()["metadata"]["namespace"]
+    return namespace
