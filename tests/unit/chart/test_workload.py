@@ -129,12 +129,13 @@ def test_selectors_find_the_pods() -> None:
     [
         ((), "registry.local:5000/moeprism/operator:0.1.0"),
         (("image.repository=example/operator", "image.tag=1.2"), "example/operator:1.2"),
+        (("image.tag=123456789012",), "registry.local:5000/moeprism/operator:123456789012"),
         (
             ("image.tag=1.2", f"image.digest=sha256:{'0' * 64}"),
             f"registry.local:5000/moeprism/operator@sha256:{'0' * 64}",
         ),
     ],
-    ids=["the chart's version", "a tag", "a digest wins over a tag"],
+    ids=["the chart's version", "a tag", "a tag of digits", "a digest wins over a tag"],
 )
 def test_the_image_is_named_by_version_tag_or_digest(values: tuple[str, ...], image: str) -> None:
     assert container(*values)["image"] == image
