@@ -44,7 +44,7 @@ demo: install ## From nothing to a result: cluster, operator, burst, comparison 
 test: install ## All tests, on a real local Kubernetes
 	@echo "Tests: unit, property, sim and runtime take about 5 minutes; the cluster levels build Kubernetes and images on"
 	@echo "first use (20 minutes, 30 GB of disk) and take about 8 minutes afterwards. Ctrl-C is safe; run it again to go on."
-	@if [ "$$(id -u)" = 0 ]; then $(CLUSTER) doctor --install; fi
+	@if [ "$$(id -u)" = 0 ]; then $(CLUSTER) doctor --install && $(CLUSTER) build; fi
 	$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: test-fast
