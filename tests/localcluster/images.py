@@ -4,6 +4,7 @@ Every tag is a hash of what went in, so nothing is built or pushed twice. Pushin
 process serves the registry's storage folder for a moment on the loopback.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -27,6 +28,7 @@ HERE = Path(__file__).with_name("images")
 SUITE, PACKAGES = "bookworm", "ca-certificates,python3,python3-venv"
 CERTIFICATES = "/etc/ssl/certs"
 REGISTRY_START_S = 20
+PUSH_PORT = 15321
 
 
 @dataclass(frozen=True)
@@ -238,12 +240,23 @@ def _build_and_push(wanted: list[Image], console: Console) -> None:
             console.print(f"  image {image.name}: pushed in {time.monotonic() - started:.0f} s")
 
 
+def _push_port() -> int:
+    """Always the same one if it is free: buildah remembers by address which compressed layers a registry holds.
+
+    At another address it would compress torch's 5.7 GB again, for minutes, to find that nothing has to travel.
+    """
+    for port in (PUSH_PORT, 0):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as probe:
+            found: int = probe.getsockname()[1]
+            return found
+    raise ClusterError("no port is free on 127.0.0.1 for the registry that images are pushed to")
+
+
 @contextmanager
 def _registry() -> Iterator[str]:
-    """A registry over the cluster registry's storage, on a free loopback port."""
+    """A registry over the cluster registry's storage, on a loopback port."""
     paths.registry_store().mkdir(parents=True, exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{_push_port()}"
     with _scratch() as folder:
         config = folder / "registry.json"
         storage = {"filesystem": {"rootdirectory": str(paths.registry_store())}}
