@@ -137,6 +137,7 @@ def test_failing_step_ends_every_stream_with_an_error_event_in_place_of_done() -
                 assert events[-1]["error"]["code"] == "engine_error"
                 assert len(events) > 1
             assert served.process.accounting.totals["default"].missed == 3
+            assert len(engine.cancelled) == 3  # else the engine would go on for clients that were told it failed
             assert (await served.complete())[0] == 200
 
     asyncio.run(scenario())
