@@ -54,6 +54,12 @@ def test_unknown_pace_is_refused_with_the_shipped_ones(
     assert "shipped profiles (demo)" in reason(monkeypatch, capsys, tmp_path, pace="h100")
 
 
+def test_accelerator_that_no_profile_may_be_named_after_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert "found 'NVIDIA H100'" in reason(monkeypatch, capsys, tmp_path, accelerator="NVIDIA H100")
+
+
 def test_port_in_use_is_refused_by_number(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -4,10 +4,12 @@ import asyncio
 import hashlib
 import json
 import logging
+import re
 import sys
 import time
 from pathlib import Path
 
+from prism_api.base import NAME_PATTERN
 from prism_api.manifest import MANIFEST_NAME
 from prism_runtime.engine.cache import BLOCK_TOKENS
 from prism_runtime.engine.engine import Engine
@@ -46,6 +48,11 @@ async def _serve(settings: ServeSettings, started_s: float) -> None:
         raise SettingsError(
             "--local-control and --tls-dir exclude each other: the operator and a local user would overtake each "
             "other's directives; drop one of them"
+        )
+    if settings.accelerator and not re.fullmatch(NAME_PATTERN, settings.accelerator):
+        raise SettingsError(
+            f"--accelerator must be lower-case letters, digits and '-', for example 'h100'; "
+            f"found '{settings.accelerator}'"
         )
     pace = load_profile(settings.pace) if settings.pace else None
     limits = Limits(

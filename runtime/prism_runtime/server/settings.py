@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
@@ -70,25 +72,32 @@ class FlagsFromEnvironment:
         self._group.add_argument(flag, action="store_true", default=on, help=f"{text} [{variable}=1]")
 
 
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"a port must be 0 to 65535; found {value}")
+def _number(text: str, what: str, low: float, high: float, *, whole: bool) -> float:
+    try:
+        value = int(text) if whole else float(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"must be {what}; found '{text}'")
     return value
+
+
+def _port(text: str) -> int:
+    return int(_number(text, "a port, 0 to 65535", 0, 65_535, whole=True))
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; found {value}")
-    return value
+    return int(_number(text, "a whole number from 1", 1, 2**31, whole=True))
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 86_400:
-        raise argparse.ArgumentTypeError(f"must be 0 to 86400 seconds; found {text}")
-    return value
+    return _number(text, "seconds, 0 to 86400", 0, 86_400, whole=False)
+
+
+def _log_level(text: str) -> str:
+    if text not in LOG_LEVELS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(LOG_LEVELS)}; found '{text}'")
+    return text
 
 
 def add_serve_flags(parser: argparse.ArgumentParser, default_socket: Path) -> None:
@@ -141,4 +150,4 @@ def add_serve_flags(parser: argparse.ArgumentParser, default_socket: Path) -> No
     flags.add("--image-digest", "image digest in reports", default="unknown")
     flags.add("--drain-grace", "after SIGTERM: not ready, still accepting, for so long", default="5", type=_seconds)
     flags.add("--drain-seconds", "then: finish what was accepted, for at most so long", default="45", type=_seconds)
-    flags.add("--log-level", "debug, info, warning or error", default="info")
+    flags.add("--log-level", ", ".join(LOG_LEVELS), default="info", type=_log_level)

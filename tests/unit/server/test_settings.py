@@ -37,6 +37,18 @@ def test_values_from_the_environment_are_converted_and_checked_like_flags(
     assert "70000" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--port", "x"), ("--port", "-1"), ("--threads", "0"), ("--drain-seconds", "nan"), ("--log-level", "loud")],
+)
+def test_value_out_of_range_is_refused_with_the_range(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(f"{flag}={value}")
+    assert f"argument {flag}: must be" in capsys.readouterr().err
+
+
 def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRISM_PACE", "")
     monkeypatch.setenv("PRISM_BOOT_POINT", "")
