@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m examples.demo",
         description="From nothing to a result: a real Kubernetes on this machine, the operator, one PrismService, a "
         "burst of production traffic, and the same burst with the budget held at full.",
-        epilog=f"The report goes to {OUTPUT.relative_to(paths.REPOSITORY)}/. Ctrl-C cleans up; run it again to go on.",
+        epilog="The report goes to build/demo/. Ctrl-C cleans up; run it again to go on.",
     )
     parser.add_argument("--fast", action="store_true", help="a burst of 27 s instead of 75 s")
     parser.add_argument("--keep", action="store_true", help="leave cluster and service running for a look around")
@@ -205,8 +205,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
             leave(cluster)
     elastic, held = (summarise(episodes[name]) for name in (report.ELASTIC, report.HELD))
     console.print(
-        f"Report: {page.relative_to(paths.REPOSITORY)}, and report.json beside it. "
-        f"{time.monotonic() - steps.began_s:.0f} s in all.",
+        f"Report: {os.path.relpath(page)}, and report.json beside it. {time.monotonic() - steps.began_s:.0f} s in all.",
         highlight=False,
     )
     console.print(f"[bold]{comparison(elastic, held)}[/bold]", highlight=False)
@@ -238,7 +237,7 @@ def main() -> int:
         console.print(f"[red]{error}[/red]", highlight=False)
         return 1
     except KeyboardInterrupt:
-        console.print("Interrupted and cleaned up; run it again to go on.")
+        console.print("Interrupted; run it again to go on.")
         return EXIT_INTERRUPTED
     return 0
 

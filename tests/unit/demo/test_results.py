@@ -106,6 +106,18 @@ def test_a_first_token_at_a_lower_point_is_seen_before_the_next_sample() -> None
     assert figures.onset_to_lower_s == pytest.approx(0.75)
 
 
+def test_a_dip_before_the_burst_is_not_the_answer_to_it() -> None:
+    times = burst_times()
+    burst = burst_of(times)
+    assert burst is not None
+    low = [(5, 8), (burst.onset_s + 4, 70)]
+    samples = [
+        sample(t, pods={"a": pod("b750" if any(start <= t < end for start, end in low) else "full")}) for t in range(60)
+    ]
+    figures = summarise(episode([answer(t) for t in times], samples))
+    assert figures.onset_to_lower_s == pytest.approx(4, abs=1)
+
+
 def test_a_budget_that_never_fell_has_no_time_to_fall_or_to_return() -> None:
     times = burst_times()
     figures = summarise(episode([answer(t) for t in times], [sample(t, pods={"a": pod()}) for t in range(60)]))
