@@ -34,11 +34,9 @@ def _invert(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float]
     if bool((top_p < 1).any()):
         probabilities = _nucleus(probabilities, top_p)
     cumulative = probabilities.cumsum(-1)
-    # Relative to the total: it is less than 1 after the nucleus cut. The last token of positive probability bounds the
-    # search, or a draw close to 1 would fall behind it by rounding.
-    last = (probabilities > 0).int().cumsum(-1).argmax(-1, keepdim=True)
-    found = torch.searchsorted(cumulative, column(draws) * cumulative[:, -1:], right=True)
-    return torch.minimum(found, last)[:, 0]
+    # The draw is scaled to the total, which the nucleus cut makes less than 1. In double precision the product stays
+    # below the total for every draw below 1, so the first larger sum exists and its token has positive probability.
+    return torch.searchsorted(cumulative, column(draws) * cumulative[:, -1:], right=True)[:, 0]
 
 
 def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
