@@ -14,7 +14,6 @@ from examples.demo import manifests
 from examples.demo.results import burst_of
 from examples.demo.trace import Arrival, Cut, cut
 from prism_api.model import PrismModelSpec
-from prism_api.points import OperatingPoint
 from prism_api.profile import Profile
 from prism_api.service import PrismServiceSpec
 from prism_operator.plan import capacity
@@ -37,26 +36,16 @@ def read_profile(name_or_path: str) -> Profile:
     return Profile.model_validate_json(path.read_text())
 
 
-def policy(profile: Profile, budget_control: str, floor: str) -> ServicePolicy:
-    """The demo's service over a model whose points from `floor` up keep every quality floor, and no others.
+def policy(profile: Profile, budget_control: str) -> ServicePolicy:
+    """What the operator makes of the demo's service and the embedded model: its points and its quality floors.
 
-    What quality the points of the embedded model have is measured when its artifact is made, not foreseen here.
+    Raises ValueError for a point of the model that the profile does not price.
     """
-    by_cost = sorted(profile.points, key=lambda name: profile.points[name].step_base_nanoseconds)
-    usable = by_cost[by_cost.index(floor) :]
-    budgets = {name: round(1000 * (index + 1) / len(usable)) for index, name in enumerate(usable)}
     spec = PrismServiceSpec.model_validate(manifests.service(budget_control=budget_control)["spec"])
-    model = PrismModelSpec(
-        source={"image": {"reference": "foreseen"}},
-        digest="sha256:" + "0" * 64,
-        served_name=spec.model_ref.name,
-        operating_points=[
-            OperatingPoint(
-                name=name, budget_permille=budget, policy="foreseen", relative_quality="1", relative_quality_low="1"
-            )
-            for name, budget in budgets.items()
-        ],
-    )
+    model = PrismModelSpec.model_validate(manifests.model("not pulled")["spec"])
+    missing = [point.name for point in model.operating_points if point.name not in profile.points]
+    if missing:
+        raise ValueError(f"profile '{profile.accelerator}' has no cost for {', '.join(missing)}")
     resolved = resolve(spec, model, LoopSettings(slow_period_s=manifests.SLOW_LOOP_S))
     assert isinstance(resolved, ServicePolicy), resolved
     return resolved
@@ -94,16 +83,14 @@ class Choice:
     elastic: float
 
 
-OVER, BURST_S, CALM_REQUESTS = (1.3, 1.6), (10.0, 22.0), 10
+OVER, BURST_S, CALM_REQUESTS = (1.1, 1.6), (10.0, 22.0), 10
 """What makes a slice one that the knob is for: a burst so much above one replica for so long, after a calm start."""
-KEEPS, SEEDS, GRID_S = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5), range(3), 4
+KEEPS, SEEDS, GRID_S = (0.22, 0.26, 0.3, 0.34, 0.38, 0.42, 0.46, 0.5), range(3), 4
 
 
-def choices(
-    source: Sequence[Arrival], profile: Profile, floor: str, *, span_s: float, calm_s: float
-) -> Iterator[Choice]:
+def choices(source: Sequence[Arrival], profile: Profile, *, span_s: float, calm_s: float) -> Iterator[Choice]:
     """Slices on a grid of starts and thinnings whose budget stays at full until the burst and falls in it."""
-    held, elastic = policy(profile, "Off", floor), policy(profile, "Auto", floor)
+    held, elastic = policy(profile, "Off"), policy(profile, "Auto")
     for start_s in range(0, int(source[-1].at_s - span_s), GRID_S):
         for how in (Cut(start_s, span_s, keep, seed) for keep in KEEPS for seed in SEEDS):
             kept = cut(source, how)
@@ -130,18 +117,16 @@ def lowered_s(fleet: Fleet) -> float | None:
     return next((later[0] for earlier, later in pairwise(points) if earlier[1] == "full" != later[1]), None)
 
 
-def print_choices(
-    source: Sequence[Arrival], profile: Profile, floor: str, *, span_s: float, calm_s: float, most: int = 20
-) -> None:
-    found = sorted(choices(source, profile, floor, span_s=span_s, calm_s=calm_s), key=lambda c: c.at_full - c.elastic)
+def print_choices(source: Sequence[Arrival], profile: Profile, *, span_s: float, calm_s: float, most: int = 20) -> None:
+    found = sorted(choices(source, profile, span_s=span_s, calm_s=calm_s), key=lambda c: c.at_full - c.elastic)
     print("start_s  keep  seed  requests  burst/capacity  attainment at full -> with the knob")
     for c in found[:most]:
         slice_ = f"{c.how.start_s:7g}  {c.how.keep:4g}  {c.how.seed:4}"
         print(f"{slice_}  {c.requests:8}  {c.over:14.2f}  {c.at_full:.2f} -> {c.elastic:.2f}")
 
 
-def print_description(arrivals: Sequence[Arrival], profile: Profile, floor: str) -> None:
-    held, elastic = policy(profile, "Off", floor), policy(profile, "Auto", floor)
+def print_description(arrivals: Sequence[Arrival], profile: Profile) -> None:
+    held, elastic = policy(profile, "Off"), policy(profile, "Auto")
     burst, over = burst_of([a.at_s for a in arrivals]), burst_over_capacity(arrivals, held, profile)
     when = "no burst"
     if burst is not None and over is not None:

@@ -113,7 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     describer.add_argument("trace", type=Path)
     for command in (chooser, describer):
         command.add_argument("--pace", default="demo", help="shipped pace profile, or a JSON file (default demo)")
-        command.add_argument("--floor", default="b500", help="lowest operating point of the class (default b500)")
     return parser
 
 
@@ -131,9 +130,9 @@ def main() -> int:
         profile = foresight.read_profile(arguments.pace)
         if arguments.command == "choose":
             source, span_s, calm_s = load(arguments.source), arguments.span, arguments.calm
-            foresight.print_choices(source, profile, arguments.floor, span_s=span_s, calm_s=calm_s)
+            foresight.print_choices(source, profile, span_s=span_s, calm_s=calm_s)
         else:
-            foresight.print_description(load(arguments.trace), profile, arguments.floor)
+            foresight.print_description(load(arguments.trace), profile)
     except (TraceError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
