@@ -67,10 +67,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random float32 model with the stock experts; equal arguments give equal weights."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **{**BASE, **ARCHITECTURES[architecture]})
+    config = AutoConfig.for_model(architecture, **{**BASE, **ARCHITECTURES[architecture], **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "sinks")):
@@ -122,10 +122,11 @@ def tiny_manifest() -> Manifest:
     )
 
 
-def tiny_engine(architecture: str = "qwen3_moe", **settings: Any) -> Engine:
+def tiny_engine(architecture: str = "qwen3_moe", stock: PreTrainedModel | None = None, **settings: Any) -> Engine:
+    """An engine over `stock`, or over the tiny model of that architecture."""
     tables = PlanTables.uniform(COUNTS, LAYERS, SUB_EXPERTS)
     settings = {"max_sequences": 4, "max_context_tokens": 96, **settings}
-    return Engine(tiny_model(architecture), tables, tiny_manifest(), tokenizer=None, **settings)
+    return Engine(stock or tiny_model(architecture), tables, tiny_manifest(), tokenizer=None, **settings)
 
 
 def request(name: str, prompt: Sequence[int], max_tokens: int = 8, **settings: Any) -> Request:

@@ -68,6 +68,15 @@ def test_smaller_budget_gives_the_logits_of_the_dense_model_without_the_other_ne
     assert (logits - full).abs().max() > 0.01
 
 
+def test_bfloat16_engine_follows_the_bfloat16_stock_model() -> None:
+    stock = tiny_model("qwen3_moe").bfloat16()
+    (prompt,) = prompts([20])
+    with torch.inference_mode():
+        expected = stock(torch.tensor([prompt]), use_cache=False).logits[0, -1].float()
+    logits = tiny_engine(stock=tiny_model("qwen3_moe").bfloat16()).model.logits([Chunk(0, 0, prompt, 0)])[0]
+    assert torch.corrcoef(torch.stack((logits, expected)))[0, 1] > 0.999
+
+
 def test_realised_budget_is_the_share_of_sub_experts_that_ran() -> None:
     engine = tiny_engine()
     for point, count in enumerate(COUNTS):

@@ -104,6 +104,20 @@ def test_engine_over_the_artifact_gives_the_greedy_tokens_of_the_source(source: 
         assert tokens_of(events, f"r{i}") == stock_greedy(stock, prompt, 12)
 
 
+def test_model_with_dense_layers_is_partitioned_in_its_moe_layers_alone(source: Path, tmp_path: Path) -> None:
+    mixed = Path(shutil.copytree(source, tmp_path / "mixed"))
+    stock = tiny_model("qwen3_moe", mlp_only_layers=[0])
+    stock.save_pretrained(mixed)
+    manifest = refactor_model(
+        mixed, source.parent / "text.jsonl", tmp_path / "out", sub_experts=4, points_permille=[500]
+    )
+    assert manifest.shape.moe_layers == [1]
+    engine = Engine.from_artifact(tmp_path / "out", max_context_tokens=64)
+    (prompt,) = prompts([20])
+    engine.submit(request("a", prompt, max_tokens=10))
+    assert tokens_of(run(engine), "a") == stock_greedy(stock, prompt, 10)
+
+
 def test_manifest_holds_a_monotone_ladder_that_ends_at_full_and_was_measured(artifact: Path) -> None:
     manifest = open_artifact(artifact).manifest
     assert manifest.ladder.names[-1] == "full"
@@ -247,6 +261,13 @@ def test_refactoring_that_fails_leaves_nothing_behind(source: Path, tmp_path: Pa
     with pytest.raises(CheckpointRefused, match="quantised experts cannot be partitioned"):
         refactor_model(broken, source.parent / "text.jsonl", tmp_path / "out", sub_experts=4)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_folder_without_a_checkpoint_is_refused_before_anything_is_loaded(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeRefused, match=r"has no config.json; MODEL must be the folder of a Hugging Face checkpoint"
+    ):
+        refactor_model(tmp_path, source.parent / "text.jsonl", tmp_path / "out")
 
 
 def test_existing_output_is_never_overwritten(source: Path, tmp_path: Path) -> None:

@@ -77,6 +77,15 @@ def test_plan_set_during_a_step_is_live_only_from_the_next_one() -> None:
     assert [e.plan_version for r in (first, second) for e in r.events if isinstance(e, Token)] == [0, 7]
 
 
+def test_idle_step_swaps_the_plan_and_reports_no_work() -> None:
+    engine = tiny_engine()
+    engine.set_plan(Plan(3, (0,)))
+    report = engine.step()
+    assert report.idle
+    assert report.events == ()
+    assert engine.plan == report.plan == Plan(3, (0,))
+
+
 @pytest.mark.parametrize("class_point", [(), (0, 0), (3,), (-1,)])
 def test_plan_that_does_not_fit_the_tables_is_refused_and_the_live_one_stays(class_point: tuple[int, ...]) -> None:
     engine = tiny_engine()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from prism_api.manifest import Manifest
 from prism_api.points import Ladder
-from prism_runtime.engine.cache import BlockBudget, blocks_for
+from prism_runtime.engine.cache import BLOCK_TOKENS, BlockBudget, blocks_for
 from prism_runtime.engine.model import Chunk, ElasticModel, load_pretrained
 from prism_runtime.engine.sampler import sample
 from prism_runtime.engine.scheduler import Scheduler, Slice, context_tokens
@@ -68,7 +68,7 @@ class Engine:
         self.model = ElasticModel(
             model, tables, classes=classes, slots=max_sequences, max_context_tokens=max_context_tokens
         )
-        slot_tokens = max_sequences * blocks_for(max_context_tokens) * 16
+        slot_tokens = max_sequences * blocks_for(max_context_tokens) * BLOCK_TOKENS
         budget = BlockBudget(max_sequences, slot_tokens if kv_tokens is None else kv_tokens)
         self.scheduler = Scheduler(budget, prefill_tokens_per_step, seed)
         self.plan = Plan(version=0, class_point=(len(self.ladder) - 1,) * classes)
@@ -270,8 +270,8 @@ def _check_limits(
             f"max_sequences and prefill_tokens_per_step must be at least 1; "
             f"found {max_sequences} and {prefill_tokens_per_step}"
         )
-    if kv_tokens is not None and kv_tokens // 16 < blocks_for(max_context_tokens):
+    if kv_tokens is not None and kv_tokens // BLOCK_TOKENS < blocks_for(max_context_tokens):
         raise ValueError(
             f"kv_tokens is {kv_tokens}, one context of max_context_tokens {max_context_tokens} needs "
-            f"{blocks_for(max_context_tokens) * 16}; raise the one or lower the other"
+            f"{blocks_for(max_context_tokens) * BLOCK_TOKENS}; raise the one or lower the other"
         )

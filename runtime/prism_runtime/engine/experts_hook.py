@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from prism_runtime.kernels.contract import Activation, ExpertWeights, SubExpertKernel, kernel_for
+from prism_runtime.kernels.contract import REFERENCE, Activation, ExpertWeights, SubExpertKernel, load_kernel
 from prism_runtime.kernels.plan import PlanTensor
 
 IMPLEMENTATION = "prism"
@@ -93,8 +93,8 @@ def activation_of(module: nn.Module) -> Activation:
     return lambda gate, up: experts._apply_gate(torch.stack((gate, up), -1).flatten(-2))
 
 
-def pack(model: PreTrainedModel, sub_experts: int) -> None:
-    """Repack every experts module into `sub_experts` sub-experts and route its forward through our kernel.
+def pack(model: PreTrainedModel, sub_experts: int, kernel: str = REFERENCE) -> None:
+    """Repack every experts module into `sub_experts` sub-experts and route its forward through the named kernel.
 
     Originals are freed layer by layer, so the peak is the model and one layer. Afterwards a stock implementation or
     `save_pretrained` would find empty weights; both are refused. Raises UnsupportedModel before anything is changed.
@@ -102,9 +102,9 @@ def pack(model: PreTrainedModel, sub_experts: int) -> None:
     modules = experts_modules(model)
     for _, module in modules:
         _require_packable(module, sub_experts)
-    kernel = kernel_for(model.device.type)
+    run = load_kernel(kernel)
     for layer, (_, module) in enumerate(modules):
-        module.add_module("prism", PackedLayer(_pack_weights(module, sub_experts), layer, kernel))
+        module.add_module("prism", PackedLayer(_pack_weights(module, sub_experts), layer, run))
         for name in ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"):
             if hasattr(module, name):
                 setattr(module, name, nn.Parameter(torch.empty(0), requires_grad=False))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Protocol
 
 from torch import Tensor
@@ -56,8 +57,15 @@ class SubExpertKernel(Protocol):
     ) -> Tensor: ...
 
 
-def kernel_for(device_type: str) -> SubExpertKernel:
-    """The kernel that runs on a torch device type. The reference runs on all of them."""
-    from prism_runtime.kernels.reference import sub_expert_moe
+REFERENCE = "reference"
 
-    return sub_expert_moe
+_MODULES = {REFERENCE: "prism_runtime.kernels.reference"}
+"""Imported when asked for: a kernel may need a compiler or a device that this machine does not have."""
+
+
+def load_kernel(name: str) -> SubExpertKernel:
+    """The kernel of that name. Raises ValueError that lists the known ones."""
+    if name not in _MODULES:
+        raise ValueError(f"unknown kernel '{name}'; known: {', '.join(_MODULES)}")
+    kernel: SubExpertKernel = import_module(_MODULES[name]).sub_expert_moe
+    return kernel

@@ -67,10 +67,13 @@ def refactor_model(
     points_permille  budgets to measure; None takes every multiple of 1/`sub_experts` from 250 up. A point whose quality
                      is not below that of every larger one is left out: the artifact's ladder is strictly monotone.
 
-    `out` appears complete or not at all. Raises RecipeRefused, TextRefused, UnsupportedModel or CheckpointRefused.
+    The model is held in memory as float32. `out` appears complete or not at all. Raises RecipeRefused, TextRefused,
+    UnsupportedModel or CheckpointRefused.
     """
     if out.exists():
         raise RecipeRefused(f"'{out}' exists already; give a new directory for --out, or remove it")
+    if not (source / "config.json").is_file():
+        raise RecipeRefused(f"'{source}' has no config.json; MODEL must be the folder of a Hugging Face checkpoint")
     counts = prefix_counts(points_permille, sub_experts)
     model, tokenizer = load_pretrained(source)
     modules = experts_modules(model)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prism_runtime.kernels.contract import ExpertWeights
+from prism_runtime.kernels.contract import ExpertWeights, load_kernel
 from prism_runtime.kernels.plan import PADDING, PlanTables, PlanTensor
 from prism_runtime.kernels.reference import sub_expert_moe
 
@@ -100,3 +100,9 @@ def test_rows_that_the_plan_does_not_know_are_refused() -> None:
     w, (hidden, ids, router) = weights(), routing(5)
     with pytest.raises(ValueError, match="the plan has 4 rows attached, the forward has 5"):
         sub_expert_moe(hidden, ids, router, 0, plan((0,), [0] * 4), w)
+
+
+def test_unknown_kernel_is_refused_with_the_known_ones() -> None:
+    assert load_kernel("reference") is sub_expert_moe
+    with pytest.raises(ValueError, match="unknown kernel 'other'; known: reference"):
+        load_kernel("other")
