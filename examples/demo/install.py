@@ -3,12 +3,14 @@
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from examples.demo import manifests
 from prism_api.model import PrismModelSpec
 from tests.localcluster import paths
 from tests.localcluster.cluster import Cluster
+from tests.localcluster.failure import ClusterError
 
 RELEASE, OPERATOR_NAMESPACE = "prism", "prism-system"
 CHART = paths.REPOSITORY / "helm" / "prism"
@@ -28,6 +30,9 @@ class Images:
 def install_operator(cluster: Cluster, image: str) -> None:
     """Namespaces under Pod Security `restricted`, and the chart. Idempotent."""
     for namespace in (OPERATOR_NAMESPACE, _namespace()):
+        cluster.wait_until(
+            f"an earlier namespace {namespace} is gone", partial(_usable, cluster, namespace), GONE_WITHIN_S
+        )
         labels = {"pod-security.kubernetes.io/enforce": "restricted"}
         metadata = {"name": namespace, "labels": labels}
         _apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
@@ -42,10 +47,10 @@ def install_operator(cluster: Cluster, image: str) -> None:
 
 
 def uninstall(cluster: Cluster) -> None:
-    """Everything but the CRDs and the cluster."""
-    cluster.kubectl("delete", "namespace", _namespace(), "--ignore-not-found", "--wait=false")
+    """Everything but the CRDs and the cluster; returns when the namespaces are gone, so that an install may follow."""
+    cluster.kubectl("delete", "namespace", _namespace(), "--ignore-not-found", f"--timeout={GONE_WITHIN_S}s")
     cluster.helm("uninstall", RELEASE, "-n", OPERATOR_NAMESPACE, "--ignore-not-found")
-    cluster.kubectl("delete", "namespace", OPERATOR_NAMESPACE, "--ignore-not-found", "--wait=false")
+    cluster.kubectl("delete", "namespace", OPERATOR_NAMESPACE, "--ignore-not-found", f"--timeout={GONE_WITHIN_S}s")
 
 
 def apply_model(cluster: Cluster, image: str) -> PrismModelSpec:
@@ -63,8 +68,14 @@ def start_service(cluster: Cluster, service: Object) -> float:
     def settled() -> bool:
         status = cluster.get("psvc", name, "-n", _namespace())["status"]
         ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status["conditions"])
-        counts = (status["replicas"], status["readyReplicas"], status["budget"]["ackedReplicas"])
-        return ready and counts == (fewest, fewest, fewest)
+        seen = {
+            "replicas": status["replicas"],
+            "readyReplicas": status["readyReplicas"],
+            "ackedReplicas": status["budget"]["ackedReplicas"],
+        }
+        if not ready or set(seen.values()) != {fewest}:
+            raise ClusterError(f"Ready is {ready}, {', '.join(f'{key} {count}' for key, count in seen.items())}")
+        return True
 
     cluster.wait_until(
         f"psvc/{name} is Ready with {fewest} replica(s) that follow the operator", settled, READY_WITHIN_S
@@ -92,6 +103,12 @@ def service_url(cluster: Cluster, service: Object) -> str:
 
 def _apply(cluster: Cluster, document: Object) -> None:
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", input=json.dumps(document))
+
+
+def _usable(cluster: Cluster, namespace: str) -> bool:
+    """Absent or active: what is created in a namespace that ends is refused."""
+    listed = cluster.get("namespaces", f"--field-selector=metadata.name={namespace}")["items"]
+    return all(item["status"]["phase"] == "Active" for item in listed)
 
 
 def _namespace() -> str:
