@@ -68,6 +68,19 @@ def test_smaller_budget_gives_the_logits_of_the_dense_model_without_the_other_ne
     assert (logits - full).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("slots", [(0, 2, 1, 3), (3, 1, 2, 0), (2, 0, 3, 1)])
+@pytest.mark.parametrize("lengths", [(12, 9, 11, 10), (30, 4, 25, 5)])
+def test_chunks_of_any_length_in_any_slots_get_their_own_logits(slots: tuple[int, ...], lengths: list[int]) -> None:
+    engine, texts = tiny_engine(), prompts(lengths)
+    together = engine.model.logits([Chunk(slot, 0, text, 0) for slot, text in zip(slots, texts, strict=True)])
+    following = engine.model.logits([Chunk(slot, len(text), (7,), 0) for slot, text in zip(slots, texts, strict=True)])
+    for row, text in enumerate(texts):
+        alone = tiny_engine()
+        torch.testing.assert_close(together[row], alone.model.logits([Chunk(0, 0, text, 0)])[0], rtol=1e-4, atol=1e-4)
+        expected = alone.model.logits([Chunk(0, len(text), (7,), 0)])[0]
+        torch.testing.assert_close(following[row], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_bfloat16_engine_follows_the_bfloat16_stock_model() -> None:
     stock = tiny_model("qwen3_moe").bfloat16()
     (prompt,) = prompts([20])
@@ -107,6 +120,13 @@ def test_experts_that_cannot_be_cut_evenly_are_refused_before_the_model_is_chang
     with pytest.raises(UnsupportedModel, match=r"32 neurons an expert cannot be cut into 5 .* possible: \[1, 2, 4"):
         pack(model, 5)
     assert model(torch.tensor([[3, 4]])).logits.isfinite().all()
+
+
+def test_attention_that_the_engine_cannot_mask_is_refused_by_its_name() -> None:
+    model = tiny_model("gpt_oss")
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(UnsupportedModel, match=r"type \['chunked_attention'\] cannot be served; known are \['full_att"):
+        tiny_engine(stock=model)
 
 
 def test_model_without_fused_experts_is_refused() -> None:

@@ -1,6 +1,6 @@
 """The model behind the engine: an unmodified Hugging Face forward over rows of different sequences."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from prism_runtime.engine.cache import CacheRows, SlotCache
-from prism_runtime.engine.experts_hook import bind_plan, experts_modules, pack
+from prism_runtime.engine.experts_hook import UnsupportedModel, bind_plan, experts_modules, pack
 from prism_runtime.kernels.plan import PADDING, PlanTables, PlanTensor
+
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
+LAYER_TYPES = {FULL_ATTENTION, SLIDING_ATTENTION}
+"""The values of a configuration's `layer_types` whose mask this engine can build."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,11 @@ class ElasticModel:
     def __init__(
         self, model: PreTrainedModel, tables: PlanTables, *, classes: int, slots: int, max_context_tokens: int
     ) -> None:
+        self.config = model.config.get_text_config()
+        if unknown := set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES:
+            raise UnsupportedModel(
+                f"attention layers of type {sorted(unknown)} cannot be served; known are {sorted(LAYER_TYPES)}"
+            )
         pack(model, tables.sub_experts)
         layers = len(experts_modules(model))
         if tables.count.shape[1] != layers:
@@ -51,7 +60,6 @@ class ElasticModel:
         self.plan = PlanTensor(tables, classes, model.device)
         bind_plan(model, self.plan)
         self.cache = SlotCache(slots, max_context_tokens)
-        self.config = model.config.get_text_config()
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -59,15 +67,10 @@ class ElasticModel:
 
         Running a chunk again is harmless: it writes the same positions.
         """
-        output: Tensor | None = None
-        for group in _similar_lengths(chunks):
-            rows = self._forward([chunks[i] for i in group])
-            if len(group) == len(chunks):
-                return rows[torch.tensor(group).argsort()]
-            output = rows.new_empty(len(chunks), rows.shape[1]) if output is None else output
-            output[torch.tensor(group)] = rows
-        assert output is not None, "a forward has at least one chunk"
-        return output
+        groups = _similar_lengths(chunks)
+        rows = torch.cat([self._forward([chunks[i] for i in group]) for group in groups])
+        order = torch.tensor([i for group in groups for i in group])
+        return rows[order.argsort()]
 
     def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
         lengths = [len(chunk.tokens) for chunk in chunks]
@@ -104,7 +107,7 @@ class ElasticModel:
         causal = key <= query
         sliding = causal & (key > query - window) if window else causal
         if layer_types := getattr(self.config, "layer_types", None):
-            masks = {"full_attention": causal, "sliding_attention": sliding}
+            masks = {FULL_ATTENTION: causal, SLIDING_ATTENTION: sliding}
             return {layer_type: self._additive(masks[layer_type]) for layer_type in set(layer_types)}
         return self._additive(sliding)
 
@@ -114,15 +117,12 @@ class ElasticModel:
         return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def _similar_lengths(chunks: Sequence[Chunk]) -> Iterator[list[int]]:
-    """Indices of chunks that share a forward, by slot: the longest is at most twice the shortest, so at most half of a
-    padded forward is padding."""
-    order = sorted(range(len(chunks)), key=lambda i: len(chunks[i].tokens))
-    group: list[int] = []
-    for i in order:
-        if group and len(chunks[i].tokens) > 2 * len(chunks[group[0]].tokens):
-            yield sorted(group, key=lambda j: chunks[j].slot)
-            group = []
-        group.append(i)
-    if group:
-        yield sorted(group, key=lambda j: chunks[j].slot)
+def _similar_lengths(chunks: Sequence[Chunk]) -> list[list[int]]:
+    """Indices of chunks that share a forward, in the order of their slots: the longest is at most twice the shortest,
+    so at most half of a padded forward is padding."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(chunks)), key=lambda i: len(chunks[i].tokens)):
+        if not groups or len(chunks[i].tokens) > 2 * len(chunks[groups[-1][0]].tokens):
+            groups.append([])
+        groups[-1].append(i)
+    return [sorted(group, key=lambda i: chunks[i].slot) for group in groups]
