@@ -17,6 +17,8 @@ from examples.demo.records import PodSample, Sample
 METRICS_PORT, OPERATOR_METRICS_PORT = 8082, 9090
 TIMEOUT = aiohttp.ClientTimeout(total=3)
 ENDED = ("Succeeded", "Failed")
+WAITING, RUNNING = "vllm:num_requests_waiting", "vllm:num_requests_running"
+BUSY, LAG = "prism_runtime_busy_seconds_total", "prism_runtime_lag_seconds_total"
 ACK_BUCKETS = "prism_operator_directive_ack_seconds_bucket"
 
 Histogram = dict[float, float]
@@ -27,15 +29,15 @@ def pod_sample(page: str) -> PodSample:
     """What one runtime pod's metrics page says."""
     points: dict[str, str] = {}
     tokens: dict[str, int] = {}
-    load = {"vllm:num_requests_waiting": 0, "vllm:num_requests_running": 0}
+    values = dict.fromkeys((WAITING, RUNNING, BUSY, LAG), 0.0)
     for name, labels, value in _series(page):
         if name == "prism_runtime_operating_point" and value == 1:
             points[labels["class"]] = labels["point"]
         elif name == "prism_runtime_tokens_total":
             tokens[labels["point"]] = tokens.get(labels["point"], 0) + int(value)
-        elif name in load:
-            load[name] = int(value)
-    return PodSample(points, load["vllm:num_requests_waiting"], load["vllm:num_requests_running"], tokens)
+        elif name in values:
+            values[name] = value
+    return PodSample(points, int(values[WAITING]), int(values[RUNNING]), tokens, values[BUSY], values[LAG])
 
 
 def ack_buckets(page: str) -> Histogram:

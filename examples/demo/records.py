@@ -43,12 +43,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class PodSample:
-    """One pod's /metrics: the live point by class, load, and generated tokens by point since the pod began."""
+    """One pod's /metrics: the live point by class, load, and since the pod began tokens by point and busy seconds.
+
+    `lag_s` is the part of `busy_s` by which steps were slower than their pace; 0 for pods without one.
+    """
 
     points: Mapping[str, str]
     waiting: int
     running: int
     tokens_by_point: Mapping[str, int]
+    busy_s: float = 0.0
+    lag_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

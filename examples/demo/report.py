@@ -28,6 +28,7 @@ ROWS: Sequence[tuple[str, Callable[[Summary], str]]] = (
     ("onset of the burst to the second ready replica", lambda s: _number(s.onset_to_second_ready_s, "{:.1f} s")),
     ("end of the burst to all pods back at full", lambda s: _number(s.return_to_full_s, "{:.1f} s")),
     ("directive to acknowledgement, p99", lambda s: _number(s.ack_p99_s, "{:.3f} s")),
+    ("lag: busy time by which steps missed their pace", lambda s: _number(s.lag_share, "{:.1%}")),
     ("most ready replicas", lambda s: f"{s.most_ready}"),
     ("replica-seconds", lambda s: f"{s.replica_seconds:.0f}"),
 )

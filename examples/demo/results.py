@@ -103,6 +103,7 @@ class Summary:
     most_ready: int
     replica_seconds: float
     ack_p99_s: float | None
+    lag_share: float | None
     seconds: float
 
 
@@ -172,6 +173,18 @@ def tokens_by_point(samples: Sequence[Sample]) -> dict[str, int]:
         for point, count in pod.tokens_by_point.items():
             totals[point] = totals.get(point, 0) + count - before.get(point, 0)
     return totals
+
+
+def lag_share(samples: Sequence[Sample]) -> float | None:
+    """Share of the pods' busy time by which steps were slower than their pace; None if no pod was busy.
+
+    What is more than a few per cent says that the machine could not keep the pace, and latencies are of the machine.
+    """
+    last = {name: pod for sample in samples for name, pod in sample.pods.items()}
+    first = samples[0].pods if samples else {}
+    busy_s = sum(pod.busy_s - (first[name].busy_s if name in first else 0.0) for name, pod in last.items())
+    lag_s = sum(pod.lag_s - (first[name].lag_s if name in first else 0.0) for name, pod in last.items())
+    return lag_s / busy_s if busy_s > 0 else None
 
 
 def mean_relative_quality(tokens: Mapping[str, int], ladder: Ladder) -> float | None:
@@ -289,6 +302,7 @@ def summarise(episode: Episode) -> Summary:
         onset_to_second_ready_s=ready[0] - burst.onset_s if burst and ready else None,
         most_ready=max((s.ready for s in samples), default=0),
         replica_seconds=replica_seconds(samples, until_s),
+        lag_share=lag_share(samples),
         ack_p99_s=histogram_quantile(episode.ack_buckets, 0.99),
         seconds=until_s,
     )

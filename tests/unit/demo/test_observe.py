@@ -20,6 +20,10 @@ prism_runtime_tokens_total{class="interactive",point="full"} 40.0
 vllm:num_requests_waiting{model_name="small-moe"} 4.0
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{model_name="small-moe"} 9.0
+# TYPE prism_runtime_busy_seconds counter
+prism_runtime_busy_seconds_total 20.5
+# TYPE prism_runtime_lag_seconds counter
+prism_runtime_lag_seconds_total 1.5
 """
 ACKS = """
 # TYPE prism_operator_directive_ack_seconds histogram
@@ -82,6 +86,7 @@ def test_a_page_tells_points_by_class_load_and_tokens_by_point() -> None:
     assert seen.points == {"interactive": "b750", "batch": "b500"}
     assert seen.tokens_by_point == {"b750": 15, "full": 40}
     assert (seen.waiting, seen.running) == (4, 9)
+    assert (seen.busy_s, seen.lag_s) == (20.5, 1.5)
 
 
 def test_every_pod_that_holds_an_accelerator_exists_but_only_serving_ones_are_ready() -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.demo import results
+from examples.demo.records import PodSample
 from examples.demo.results import burst_of, histogram_quantile, moment, quantile, replica_seconds, summarise
 from tests.unit.demo.episodes import CLASS, LADDER, OBJECTIVES, answer, burst_times, episode, pod, sample
 
@@ -80,6 +81,18 @@ def test_tokens_of_before_the_first_sample_do_not_count_and_those_of_a_new_pod_a
         sample(2, pods={"b": pod(tokens={"b500": 9})}),
     ]
     assert results.tokens_by_point(samples) == {"full": 30, "b500": 19}
+
+
+def test_lag_is_the_share_of_busy_time_during_the_replay() -> None:
+    def busy(busy_s: float, lag_s: float) -> PodSample:
+        return PodSample({}, 0, 0, {}, busy_s, lag_s)
+
+    samples = [
+        sample(0, pods={"a": busy(10, 5)}),
+        sample(1, pods={"a": busy(20, 6), "b": busy(10, 1)}),
+    ]
+    assert results.lag_share(samples) == pytest.approx((1 + 1) / (10 + 10))
+    assert results.lag_share([sample(0)]) is None
 
 
 def test_mean_relative_quality_is_weighted_by_tokens() -> None:
