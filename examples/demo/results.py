@@ -308,8 +308,12 @@ def summarise(episode: Episode) -> Summary:
     )
 
 
+DEVIATIONS = 2.0
+"""Standard deviations of the difference of two independent shares that count as more than chance."""
+
+
 def comparison(elastic: Summary, held: Summary) -> str:
-    """What the knob bought, in one sentence, also when it bought nothing."""
+    """What the knob bought, in a sentence, also when it bought nothing; a second one if the difference may be chance."""
     if elastic.attainment is None or held.attainment is None:
         return "No comparison: one of the replays has no requests."
     gain = elastic.attainment - held.attainment
@@ -325,7 +329,12 @@ def comparison(elastic: Summary, held: Summary) -> str:
     quality = ""
     if elastic.mean_relative_quality is not None:
         quality = f", at a mean relative quality of {elastic.mean_relative_quality:.4f}"
+    spread = DEVIATIONS * math.sqrt(
+        elastic.attainment * (1 - elastic.attainment) / elastic.requests
+        + held.attainment * (1 - held.attainment) / held.requests
+    )
+    doubt = "" if abs(gain) > spread else " One run of each cannot tell this difference from chance."
     return (
         f"The activation budget {verb}{ttft}, with {elastic.replica_seconds:.0f} replica-seconds instead of "
-        f"{held.replica_seconds:.0f}{quality}."
+        f"{held.replica_seconds:.0f}{quality}.{doubt}"
     )

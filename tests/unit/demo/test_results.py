@@ -178,6 +178,14 @@ def test_the_comparison_says_what_the_knob_bought_also_when_it_cost(misses: int,
     assert verb in results.comparison(figures(misses), figures(10))
 
 
+@pytest.mark.parametrize(("misses", "doubted"), [(9, True), (0, False)])
+def test_the_comparison_says_when_one_run_cannot_tell_the_difference_from_chance(misses: int, doubted: bool) -> None:
+    def figures(missed: int) -> results.Summary:
+        return summarise(episode([answer(float(i), ttft_s=9 if i < missed else 0.2) for i in range(50)], []))
+
+    assert ("chance" in results.comparison(figures(misses), figures(10))) is doubted
+
+
 def test_the_comparison_admits_that_nothing_changed() -> None:
     same = summarise(episode([answer(float(i)) for i in range(50)], []))
     assert "left attainment at 100.0%" in results.comparison(same, same)
