@@ -313,7 +313,7 @@ DEVIATIONS = 2.0
 
 
 def comparison(elastic: Summary, held: Summary) -> str:
-    """What the knob bought, in a sentence, also when it bought nothing; a second one if the difference may be chance."""
+    """What the knob bought, also when it bought nothing; a second sentence says when that may be chance."""
     if elastic.attainment is None or held.attainment is None:
         return "No comparison: one of the replays has no requests."
     gain = elastic.attainment - held.attainment
