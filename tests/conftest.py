@@ -9,7 +9,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-pytest_plugins = ["tests.localcluster.plugin"]
+pytest_plugins = ["tests.localcluster.plugin", "tests.e2e.fixtures"]
 
 TESTS = Path(__file__).parent
 LEVELS = ("unit", "property", "sim", "runtime", "cluster", "e2e", "chaos")

@@ -1,3 +1,5 @@
+"""The installed system, shared by the levels that put load on it and break it."""
+
 from collections.abc import Iterator
 
 import pytest
