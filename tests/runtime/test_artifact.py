@@ -270,6 +270,18 @@ def test_folder_without_a_checkpoint_is_refused_before_anything_is_loaded(source
         refactor_model(tmp_path, source.parent / "text.jsonl", tmp_path / "out")
 
 
+def test_plain_text_alone_is_enough_if_it_is_long_and_refused_with_the_remedy_if_not(
+    source: Path, tmp_path: Path
+) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("it was a dark and stormy night.\n" * 800)
+    manifest = refactor_model(source, book, tmp_path / "out", sub_experts=4, points_permille=[500])
+    assert [text.name for text in manifest.calibration.texts] == ["book.txt#text"]
+    book.write_text("it was a dark and stormy night.\n" * 80)
+    with pytest.raises(RecipeRefused, match=r"has 1 documents, too few to hold one out .* or --evaluation FILE"):
+        refactor_model(source, book, tmp_path / "other")
+
+
 def test_existing_output_is_never_overwritten(source: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeRefused, match="exists already; give a new directory"):
         refactor_model(source, source.parent / "text.jsonl", tmp_path)

@@ -6,6 +6,7 @@ independent, so the standard error counts sequences, not tokens, within each dom
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, Decimal
@@ -66,19 +67,24 @@ class _PointSums:
 def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float, dict[str, float]]:
     """(mean of the clusters' means, its standard error, the clusters' means); values within a cluster are independent.
 
-    Raises ValueError if a cluster has fewer than two values: its spread is unknown then.
+    Raises ValueError as `require_spread` does.
     """
+    require_spread(clusters)
     grouped: dict[str, list[float]] = {}
     for value, cluster in zip(values, clusters, strict=True):
         grouped.setdefault(cluster, []).append(value)
-    if alone := [cluster for cluster, members in grouped.items() if len(members) < 2]:
-        raise ValueError(f"evaluation needs at least 2 sequences of every domain; {alone} have 1")
     means = {cluster: sum(members) / len(members) for cluster, members in grouped.items()}
     variance = sum(
         sum((value - means[cluster]) ** 2 for value in members) / (len(members) - 1) / len(members)
         for cluster, members in grouped.items()
     )
     return sum(means.values()) / len(means), math.sqrt(variance) / len(means), means
+
+
+def require_spread(domains: Sequence[str]) -> None:
+    """Raises ValueError if a domain has one sequence only: there is no standard error then."""
+    if alone := [domain for domain, sequences in Counter(domains).items() if sequences < 2]:
+        raise ValueError(f"evaluation needs at least 2 sequences of every domain; {alone} have 1: give longer text")
 
 
 def evaluate_points(
@@ -92,6 +98,8 @@ def evaluate_points(
 
     `advance` is told the number of sequences after each batch.
     """
+    domains = [sequence.domain for sequence in sequences]
+    require_spread(domains)
     sums = {point: _PointSums() for point in points}
     for batch in batches(sequences, size=4):
         reference = model.log_probabilities(batch, full)
@@ -100,5 +108,4 @@ def evaluate_points(
             observed = model.log_probabilities(batch, point)
             sums[point].add(reference, observed, model.plan.realised_budget)
         advance(len(batch))
-    domains = [sequence.domain for sequence in sequences]
     return {point: gathered.quality(domains) for point, gathered in sums.items()}

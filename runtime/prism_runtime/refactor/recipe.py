@@ -26,7 +26,7 @@ from prism_runtime.refactor.artifact import (
     write_sidecar,
 )
 from prism_runtime.refactor.calibrate import calibrate
-from prism_runtime.refactor.evaluate import PointQuality, evaluate_points
+from prism_runtime.refactor.evaluate import PointQuality, evaluate_points, require_spread
 from prism_runtime.refactor.partition import partition_by_energy
 from prism_runtime.refactor.text import TokenSequence, cut_sequences, hold_out, provenance, read_documents
 from prism_runtime.refactor.trace import PackedModel
@@ -37,6 +37,8 @@ SEQUENCES_PER_DOMAIN = 64
 """Gives a standard error of 1 % of the KL at half budget on the embedded model, in minutes on one core."""
 SMALLEST_DEFAULT_POINT_PERMILLE = 250
 """Below a quarter a static choice of neurons is no longer a language model; ask for such a point by name."""
+MOST_POINTS = 32
+"""Bound of the manifest and of PrismModel."""
 
 
 class RecipeRefused(ValueError):
@@ -76,11 +78,7 @@ def refactor_model(
         raise RecipeRefused(f"'{source}' has no config.json; MODEL must be the folder of a Hugging Face checkpoint")
     counts = prefix_counts(points_permille, sub_experts)
     model, tokenizer = load_pretrained(source)
-    modules = experts_modules(model)
-    experts, neurons, hidden = fused_projections(modules[0][1])[0].shape
-    if neurons % sub_experts:
-        raise RecipeRefused(f"{neurons} neurons an expert cannot be cut into {sub_experts} equal sub-experts")
-
+    shape = _shape(model, sub_experts)
     length = min(SEQUENCE_LENGTH, model.config.get_text_config().max_position_embeddings)
     text, texts = _read_text(calibration, evaluation, tokenizer, length)
     with _progress() as progress:
@@ -88,7 +86,7 @@ def refactor_model(
         saliency = calibrate(model, text.calibration, lambda n: progress.advance(task, n))
     partitions = {
         layer: partition_by_energy(measured, sub_experts)
-        for (layer, _), measured in zip(modules, saliency, strict=True)
+        for layer, measured in zip(shape.moe_layers, saliency, strict=True)
     }
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +95,7 @@ def refactor_model(
         target.mkdir()
         write_checkpoint(source, target, {layer: partition.perm for layer, partition in partitions.items()})
         # Quality is measured on what is shipped: the permuted checkpoint, read back from disk.
-        quality = measure(target, counts, sub_experts, len(modules), text.evaluation)
+        quality = measure(target, counts, shape, text.evaluation)
         kept = strictly_rising(quality)
         write_sidecar(target, partitions, [counts[permille] for permille in kept])
         manifest = Manifest(
@@ -108,16 +106,7 @@ def refactor_model(
                 licence=licence,
                 digest=digest_of_weights(source),
             ),
-            shape=Shape(
-                moe_layers=list(partitions),
-                experts=experts,
-                top_k=model.config.get_text_config().num_experts_per_tok,
-                neurons=neurons,
-                hidden=hidden,
-                sub_experts=sub_experts,
-                neurons_per_sub_expert=neurons // sub_experts,
-                norm_topk_prob=_normalises_top_k(model),
-            ),
+            shape=shape,
             files=list_files(target),
             calibration=Calibration(texts=texts, sequence_length=length, seeds=[0]),
             partition={"objective": "energy", "order": "descending"},
@@ -151,12 +140,18 @@ def evaluate_artifact(directory: Path, text: Path, sequences_per_domain: int | N
 def prefix_counts(points_permille: Sequence[int] | None, sub_experts: int) -> dict[int, int]:
     """Budget in per-mille -> sub-experts that run, ascending and with 1000. Raises RecipeRefused for a budget that is
     not a multiple of one sub-expert."""
+    if sub_experts < 1:
+        raise RecipeRefused(f"--sub-experts must be at least 1; found {sub_experts}")
     possible = {round(1000 * count / sub_experts): count for count in range(1, sub_experts + 1)}
     smallest = SMALLEST_DEFAULT_POINT_PERMILLE
     asked = {p for p in possible if p >= smallest} if points_permille is None else {*points_permille, 1000}
     if impossible := sorted(asked - set(possible)):
         raise RecipeRefused(
             f"budgets {impossible} are no multiples of one of {sub_experts} sub-experts; possible: {sorted(possible)}"
+        )
+    if len(asked) > MOST_POINTS:
+        raise RecipeRefused(
+            f"{sub_experts} sub-experts give {len(asked)} points, a ladder holds {MOST_POINTS}; use --points"
         )
     return {permille: possible[permille] for permille in sorted(asked)}
 
@@ -171,11 +166,11 @@ def strictly_rising(quality: dict[int, PointQuality]) -> list[int]:
 
 
 def measure(
-    checkpoint: Path, counts: dict[int, int], sub_experts: int, layers: int, sequences: Sequence[TokenSequence]
+    checkpoint: Path, counts: dict[int, int], shape: Shape, sequences: Sequence[TokenSequence]
 ) -> dict[int, PointQuality]:
     """Quality of the prefix budgets `counts` on a permuted checkpoint, by per-mille."""
     model, _ = load_pretrained(checkpoint)
-    packed = PackedModel(model, PlanTables.uniform(list(counts.values()), layers, sub_experts))
+    packed = PackedModel(model, PlanTables.uniform(list(counts.values()), len(shape.moe_layers), shape.sub_experts))
     with _progress() as progress:
         task = progress.add_task("evaluate", total=len(sequences))
         indices = list(range(len(counts)))
@@ -201,12 +196,37 @@ def _read_text(
 ) -> tuple[_Text, list[CalibrationText]]:
     documents = read_documents(calibration)
     if evaluation is None:
+        found = len(documents)
         documents, held = hold_out(documents)
+        if not held:
+            raise RecipeRefused(
+                f"'{calibration}' has {found} documents, too few to hold one out for the evaluation; "
+                f"give longer text, or --evaluation FILE"
+            )
     else:
         held = read_documents(evaluation)
     fit = cut_sequences(documents, tokenizer, length, SEQUENCES_PER_DOMAIN)
     measured = cut_sequences(held, tokenizer, length, SEQUENCES_PER_DOMAIN)
+    require_spread([sequence.domain for sequence in measured])  # minutes before the evaluation would find out
     return _Text(fit, measured), provenance(calibration, documents, fit)
+
+
+def _shape(model: PreTrainedModel, sub_experts: int) -> Shape:
+    """What a manifest says about the model's MoE layers. Raises RecipeRefused if they cannot be cut evenly."""
+    modules = experts_modules(model)
+    experts, neurons, hidden = fused_projections(modules[0][1])[0].shape
+    if neurons % sub_experts:
+        raise RecipeRefused(f"{neurons} neurons an expert cannot be cut into {sub_experts} equal sub-experts")
+    return Shape(
+        moe_layers=[layer for layer, _ in modules],
+        experts=experts,
+        top_k=model.config.get_text_config().num_experts_per_tok,
+        neurons=neurons,
+        hidden=hidden,
+        sub_experts=sub_experts,
+        neurons_per_sub_expert=neurons // sub_experts,
+        norm_topk_prob=_normalises_top_k(model),
+    )
 
 
 def _normalises_top_k(model: PreTrainedModel) -> bool:

@@ -10,6 +10,9 @@ from typing import Any
 
 from prism_api.manifest import CalibrationText
 
+PLAIN_DOCUMENT_CHARACTERS = 6000
+"""A plain text is cut into documents, so that some of them can be held out; long enough for several sequences each."""
+
 
 class TextRefused(ValueError):
     """The text file cannot be read as documents, or is too short."""
@@ -33,7 +36,8 @@ class TokenSequence:
 
 
 def read_documents(path: Path) -> list[Document]:
-    """Documents of a .jsonl file (`text`, and optionally `domain` and `licence`, per line) or of one plain text.
+    """Documents of a .jsonl file (`text`, and optionally `domain` and `licence`, per line) or of a plain text, which is
+    cut at line ends.
 
     Either may be gzipped (.gz). Raises TextRefused that names the file and line.
     """
@@ -43,8 +47,16 @@ def read_documents(path: Path) -> list[Document]:
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise TextRefused(f"'{path}' cannot be read as UTF-8 text: {error}") from error
     if ".jsonl" not in path.suffixes:
-        return [Document(text)]
+        return [Document(part) for part in _parts(text)]
     return [_document(line, f"'{path}' line {number}") for number, line in enumerate(text.splitlines(), 1) if line]
+
+
+def _parts(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PLAIN_DOCUMENT_CHARACTERS) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def _document(line: str, where: str) -> Document:

@@ -88,6 +88,27 @@ def test_documents_are_read_from_jsonl_plain_text_and_gzip(tmp_path: Path) -> No
     assert read_documents(tmp_path / "t.txt") == [Document(lines)]
 
 
+def test_plain_text_is_cut_into_documents_at_line_ends_and_nothing_is_lost(tmp_path: Path) -> None:
+    text = "".join(f"line {i} of a book\n" for i in range(2000)) + "the end"
+    (tmp_path / "book.txt").write_text(text)
+    documents = read_documents(tmp_path / "book.txt")
+    assert "".join(document.text for document in documents) == text
+    assert all(document.text.endswith("\n") for document in documents[:-1])
+    assert len(documents) == 7
+    assert len(hold_out(documents)[1]) == 1
+
+
+def test_more_points_than_a_ladder_holds_are_refused() -> None:
+    with pytest.raises(RecipeRefused, match="64 sub-experts give 49 points, a ladder holds 32; use --points"):
+        prefix_counts(None, 64)
+    assert len(prefix_counts([500, 750], 64)) == 3
+
+
+def test_no_sub_experts_are_refused() -> None:
+    with pytest.raises(RecipeRefused, match="--sub-experts must be at least 1; found 0"):
+        prefix_counts(None, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
