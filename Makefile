@@ -24,8 +24,8 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@echo "Installing the Python environment into $(VENV): 5.5 GB (torch brings its CUDA libraries), 1 to 5 minutes."
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { echo "$(PYTHON) must be Python 3.11 to 3.13; set PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module; run: apt-get install -y python3-venv" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); }
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c requirements.lock -e '.[dev]'
 	@touch $@
 
@@ -34,7 +34,7 @@ install: $(VENV)/.installed ## Python environment in .venv/
 
 .PHONY: serve
 serve: install ## Serve the embedded model on this machine's CPU at 127.0.0.1:8000 (no root, no cluster)
-	$(BIN)/prism-runtime serve examples/model/artifact --local-control $(ARGS)
+	$(BIN)/prism-runtime serve examples/model/artifact --local-control --no-profile $(ARGS)
 
 .PHONY: demo
 demo: install ## From nothing to a result: cluster, operator, burst, comparison (ARGS=--fast: the short one)

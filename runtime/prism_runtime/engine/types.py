@@ -38,7 +38,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token, the plan version of the step that made it, and the operating point (ladder index) it ran at."""
+    """One generated token, with the plan version and the operating point (ladder index) of the step that made it."""
 
     request_id: str
     token_id: int

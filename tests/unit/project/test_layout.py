@@ -51,7 +51,12 @@ def test_lock_pins_every_requirement_exactly_and_names_no_host() -> None:
 def test_every_directory_of_the_architecture_has_its_job_in_one_line() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    folders = {"/".join(Path(name).parts[:depth]) for name in tracked.split() for depth in (1, 2) if len(Path(name).parts) > depth}
+    folders = {
+        "/".join(Path(name).parts[:depth])
+        for name in tracked.split()
+        for depth in (1, 2)
+        if len(Path(name).parts) > depth
+    }
     hidden = {folder for folder in folders if folder.startswith(".")}
     missing = sorted(folder for folder in folders - hidden if f"`{folder}/`" not in text)
     assert missing == []
