@@ -175,6 +175,12 @@ class Informer(Generic[T]):
                 if error.status:  # the server spoke and refused: what it knows may differ from what we remember
                     version = ""
 
+    def forget(self) -> None:
+        """Report every object as not there; for a copy whose `run` was cancelled."""
+        old, self._items = self._items, {}
+        for record in old.values():
+            self._on_change(record, None)
+
     async def _list(self) -> str:
         fresh: dict[tuple[str, str], T] = {}
         version = ""

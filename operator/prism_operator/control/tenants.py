@@ -57,9 +57,12 @@ class Tenants:
         self._tenants[namespace] = _Tenant(pods, deployments, tasks)
 
     def stop(self, namespace: str) -> None:
+        """Watch it no longer. What was seen there is reported as gone: nobody would hear of its end."""
         if tenant := self._tenants.pop(namespace, None):
             for task in tenant.tasks:
                 task.cancel()
+            for informer in tenant.informers:
+                informer.forget()
 
     async def close(self) -> None:
         tasks = [task for tenant in self._tenants.values() for task in tenant.tasks]

@@ -8,6 +8,7 @@ from prism_operator.control.informer import (
 )
 from prism_operator.control.kube import Gone, KubeError
 from prism_operator.control.resources import PODS
+from prism_operator.control.tenants import Tenants
 
 
 def pod(name, version="1", ready=False, ip=None):
@@ -132,3 +133,19 @@ def test_a_deployment_record_keeps_its_controller_and_count():
     }
     record = deployment_record({"metadata": metadata, "spec": {"replicas": 3}})
     assert (record.owner_uid, record.replicas, record.intent_hash) == ("owner", 3, "abc")
+
+
+def test_a_namespace_that_is_watched_no_longer_leaves_no_pods_behind():
+    """A PrismService that comes back under its old name must not count the pods of the first one."""
+
+    async def scenario():
+        seen = []
+        kube = ScriptedKube([("5", [[pod("a")]]), ("5", [[]])], [])
+        tenants = Tenants(kube, lambda old, new: seen.append((old and old.name, new and new.name)), lambda *_: None)
+        tenants.ensure("team-a")
+        assert await tenants.until_synced("team-a", timeout_s=10)
+        tenants.stop("team-a")
+        await tenants.close()
+        return seen
+
+    assert asyncio.run(scenario()) == [(None, "a"), ("a", None)]
