@@ -23,7 +23,9 @@ class PlanTables:
     """What an operating point means to the kernels; P points in ladder order, L MoE layers.
 
     mode   [P]     int32    selection mode; PREFIX is the only one
-    count  [P, L]  int32    sub-experts that run per routed expert, 1 to `sub_experts`
+    count  [P, L, R] int32  sub-experts that run of the expert a token's router ranked first, second, ...; R is the
+                            router's top-k, or 1 where all ranks get the same. 0 to `sub_experts`, the first rank 1
+                            or more. Lower ranks weigh less, so a budget buys more on the higher ones
     tau    [P, L]  float32  selection threshold; not read in prefix mode
 
     Raises ValueError for another mode, a count out of range, or shapes that disagree.
@@ -35,26 +37,34 @@ class PlanTables:
     sub_experts: int
 
     def __post_init__(self) -> None:
-        points, layers = self.count.shape
+        points, layers, _ = self.count.shape
         if self.mode.shape != (points,) or self.tau.shape != (points, layers):
             raise ValueError(
                 f"plan tables disagree: mode {tuple(self.mode.shape)}, count {tuple(self.count.shape)}, "
-                f"tau {tuple(self.tau.shape)}; expected [P], [P, L], [P, L]"
+                f"tau {tuple(self.tau.shape)}; expected [P], [P, L, R], [P, L]"
             )
         if unknown := set(self.mode.tolist()) - {PREFIX}:
             raise ValueError(
                 f"selection modes {sorted(unknown)} are not known to this version; known: {PREFIX} (prefix)"
             )
         low, high = int(self.count.min()), int(self.count.max())
-        if low < 1 or high > self.sub_experts:
-            raise ValueError(f"sub-expert counts must be 1 to {self.sub_experts}; found {low} to {high}")
+        first = int(self.count[..., 0].min())
+        if low < 0 or first < 1 or high > self.sub_experts:
+            raise ValueError(
+                f"sub-expert counts must be 0 to {self.sub_experts}, those of the first rank 1 or more; "
+                f"found {low} to {high}, first rank {first}"
+            )
 
     @classmethod
     def uniform(cls, counts: Sequence[int], layers: int, sub_experts: int) -> "PlanTables":
-        """Prefix tables with one count per operating point, the same in every layer."""
-        count = torch.tensor(counts, dtype=torch.int32)[:, None].expand(-1, layers).contiguous()
-        mode = torch.full((len(counts),), PREFIX, dtype=torch.int32)
-        return cls(mode, count, torch.zeros(count.shape), sub_experts)
+        """Prefix tables with one count per operating point, the same in every layer and for every rank."""
+        return cls.prefix(torch.tensor(counts, dtype=torch.int32)[:, None, None].expand(-1, layers, 1), sub_experts)
+
+    @classmethod
+    def prefix(cls, count: Tensor, sub_experts: int) -> "PlanTables":
+        """Prefix tables with these counts [P, L, R]."""
+        mode = torch.full((len(count),), PREFIX, dtype=torch.int32)
+        return cls(mode, count.contiguous(), torch.zeros(count.shape[:2]), sub_experts)
 
 
 class PlanTensor:
@@ -78,9 +88,9 @@ class PlanTensor:
         self.row_class = torch.zeros(0, dtype=torch.int32, device=device)
         self.ran = torch.zeros((), dtype=torch.int64, device=device)
         self.routed = torch.zeros((), dtype=torch.int64, device=device)
-        self._host_count: list[list[int]] = tables.count.tolist()
+        self._host_count: list[list[list[int]]] = tables.count.tolist()
         self._host_point = [points - 1] * classes
-        self._row_count = torch.zeros(self.count.shape[1], 0, dtype=torch.int32, device=device)
+        self._row_count = torch.zeros(self.count.shape[1], 0, self.count.shape[2], dtype=torch.int32, device=device)
         self._row_points: set[int] = set()
 
     @property
@@ -106,17 +116,17 @@ class PlanTensor:
         """Say which class each row of the next forward belongs to; must precede every forward."""
         self.row_class = torch.tensor(row_class, dtype=torch.int32, device=self.count.device)
         point = self.class_point[self.row_class.clamp(min=0)]
-        count = torch.where(self.row_class[:, None] == PADDING, 0, self.count[point])
-        self._row_count = count.t().contiguous()
+        count = torch.where(self.row_class[:, None, None] == PADDING, 0, self.count[point])
+        self._row_count = count.transpose(0, 1).contiguous()
         self._row_points = {self._host_point[c] for c in set(row_class) if c != PADDING}
 
     def row_counts(self, layer: int) -> Tensor:
-        """[T] int32: sub-experts of each routed expert that run for a row, 0 for padding."""
+        """[T, R] int32: sub-experts that run for a row, by the router's rank of the expert; 0 for padding."""
         return self._row_count[layer]
 
     def levels(self, layer: int) -> list[int]:
-        """Distinct counts among the attached rows, ascending, without padding; known to the host without a sync."""
-        return sorted({self._host_count[point][layer] for point in self._row_points})
+        """Distinct counts above 0 among the attached rows, ascending; known to the host without a sync."""
+        return sorted({count for point in self._row_points for count in self._host_count[point][layer]} - {0})
 
     def reset_counters(self) -> None:
         self.ran.zero_()

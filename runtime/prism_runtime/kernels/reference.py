@@ -26,12 +26,14 @@ def sub_expert_moe(
     experts, sub_experts = weights.w1.shape[:2]
     top_k = expert_ids.shape[1]
     counts = plan.row_counts(layer)
+    rows_alive = counts[:, :1] > 0
     if hidden.shape[0] != counts.shape[0]:
         raise ValueError(f"the plan has {counts.shape[0]} rows attached, the forward has {hidden.shape[0]}")
 
-    slot_count = torch.where(expert_ids < experts, counts[:, None], 0)
+    ours = expert_ids < experts
+    slot_count = torch.where(ours, counts if counts.shape[1] == 1 else counts.gather(1, ranks(router_weights)), 0)
     plan.ran += slot_count.sum()
-    plan.routed += (slot_count > 0).sum() * sub_experts
+    plan.routed += (ours & rows_alive).sum() * sub_experts
 
     key = (expert_ids.clamp(max=experts - 1) * (sub_experts + 1) + (sub_experts - slot_count)).reshape(-1)
     key, order = torch.sort(key)
@@ -54,6 +56,11 @@ def sub_expert_moe(
 
     out *= router_weights.reshape(-1)[order, None].to(out.dtype)
     return torch.zeros_like(hidden).index_add_(0, token, out)
+
+
+def ranks(router_weights: Tensor) -> Tensor:
+    """[T, K] -> [T, K] int64: 0 for a token's heaviest expert. Not every router returns its experts in that order."""
+    return router_weights.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 def _add_band(out: Tensor, rows: Tensor, expert: int, low: int, high: int, weights: ExpertWeights) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Artifact:
         order = torch.tensor([names.index(name) for name in self.manifest.ladder.names])
         count = torch.stack([self.sidecar[f"layers.{layer}.count"] for layer in self.manifest.shape.moe_layers], 1)
         count = count[order].contiguous()
-        tau = torch.zeros(count.shape)
+        tau = torch.zeros(count.shape[:2])
         return PlanTables(self.sidecar["mode"][order], count, tau, self.manifest.shape.sub_experts)
 
     def restore_source(self, target: Path) -> None:
@@ -88,15 +88,15 @@ def write_checkpoint(source: Path, target: Path, perms: Mapping[int, Tensor]) ->
                 shutil.copyfile(path, target / path.name)
 
 
-def write_sidecar(target: Path, partitions: Mapping[int, Partition], counts: Sequence[int]) -> None:
-    """Write partition tensors by decoder layer, and the prefix count of every operating point in manifest order."""
+def write_sidecar(target: Path, partitions: Mapping[int, Partition], counts: Tensor) -> None:
+    """Write partition tensors by decoder layer, and the prefix counts [P, L, K] of the points in manifest order."""
     tensors = {"mode": torch.full((len(counts),), PREFIX, dtype=torch.int32)}
-    for layer, partition in partitions.items():
+    for index, (layer, partition) in enumerate(partitions.items()):
         tensors |= {
             f"layers.{layer}.perm": partition.perm.contiguous(),
             f"layers.{layer}.energy": partition.energy.contiguous(),
             f"layers.{layer}.prior": partition.prior.contiguous(),
-            f"layers.{layer}.count": torch.tensor(counts, dtype=torch.int32),
+            f"layers.{layer}.count": counts[:, index].contiguous(),
         }
     save_file(tensors, target / SIDECAR_NAME)
 
@@ -186,7 +186,7 @@ def _verify_sidecar(path: Path, sidecar: Mapping[str, Tensor], shape: Shape, poi
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"mode": (torch.int32, (points,))}
     for layer in shape.moe_layers:
         expected[f"layers.{layer}.perm"] = (torch.int32, (shape.experts, shape.neurons))
-        expected[f"layers.{layer}.count"] = (torch.int32, (points,))
+        expected[f"layers.{layer}.count"] = (torch.int32, (points, shape.top_k))
     for name, (dtype, size) in expected.items():
         found = sidecar.get(name)
         if found is None or found.dtype != dtype or tuple(found.shape) != size:

@@ -11,11 +11,14 @@ class Saliency:
     """One MoE layer, E experts of C neurons; means over the tokens routed to an expert, 0 if it got none.
 
     energy  [E, C]  (g * |h| * ||w_down||)^2: router weight, activation, norm of the neuron's row of the down projection
+    ranked  [K, E, C]  the same, summed over the tokens whose router ranked the expert first, second, ..., and divided
+                    by all tokens of the text: what a neuron adds at a rank, times how often it is there
     power   [E, C]  the same without the router weight g
     tokens  [E]     tokens that were routed to the expert
     """
 
     energy: Tensor
+    ranked: Tensor
     power: Tensor
     tokens: Tensor
 
@@ -48,6 +51,27 @@ def partition_by_energy(saliency: Saliency, sub_experts: int) -> Partition:
         energy=saliency.energy.gather(1, perm).view(grouped).sum(-1),
         prior=saliency.power.gather(1, perm).view(grouped).sum(-1).sqrt(),
     )
+
+
+def rank_energy(saliency: Saliency, partition: Partition) -> Tensor:
+    """[K, N]: energy of the n-th sub-expert of the expert that the router ranks k-th, summed over experts."""
+    ranks, sub_experts = len(saliency.ranked), partition.energy.shape[1]
+    order = partition.perm.long().expand(ranks, -1, -1)
+    return saliency.ranked.gather(2, order).view(ranks, len(partition.perm), sub_experts, -1).sum((1, 3))
+
+
+def allocate_prefixes(energy: Tensor, cells: int) -> list[int]:
+    """How many sub-experts each of K ranks runs when `cells` of the K x N run in all, losing least energy.
+
+    energy [K, N]. Greedy on the next sub-expert of each rank, which is exact where energy falls along a prefix, as it
+    does in a partition by energy. The first rank runs at least one. More cells never take one away: budgets are nested.
+    """
+    ranks, sub_experts = energy.shape
+    counts = [1, *[0] * (ranks - 1)]
+    for _ in range(cells - 1):
+        open_ranks = [rank for rank in range(ranks) if counts[rank] < sub_experts]
+        counts[max(open_ranks, key=lambda rank: float(energy[rank, counts[rank]]))] += 1
+    return counts
 
 
 def invert(perm: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from prism_api import FULL
@@ -27,7 +29,13 @@ from prism_runtime.refactor.artifact import (
 )
 from prism_runtime.refactor.calibrate import calibrate
 from prism_runtime.refactor.evaluate import PointQuality, evaluate_points, require_spread
-from prism_runtime.refactor.partition import partition_by_energy
+from prism_runtime.refactor.partition import (
+    Partition,
+    Saliency,
+    allocate_prefixes,
+    partition_by_energy,
+    rank_energy,
+)
 from prism_runtime.refactor.text import TokenSequence, cut_sequences, hold_out, provenance, read_documents
 from prism_runtime.refactor.trace import PackedModel
 
@@ -76,7 +84,7 @@ def refactor_model(
         raise RecipeRefused(f"'{out}' exists already; give a new directory for --out, or remove it")
     if not (source / "config.json").is_file():
         raise RecipeRefused(f"'{source}' has no config.json; MODEL must be the folder of a Hugging Face checkpoint")
-    counts = prefix_counts(points_permille, sub_experts)
+    shares = prefix_counts(points_permille, sub_experts)
     model, tokenizer = load_pretrained(source)
     shape = _shape(model, sub_experts)
     length = min(SEQUENCE_LENGTH, model.config.get_text_config().max_position_embeddings)
@@ -89,6 +97,8 @@ def refactor_model(
         for layer, measured in zip(shape.moe_layers, saliency, strict=True)
     }
 
+    counts = allocate(shares, saliency, list(partitions.values()), shape.top_k)
+
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         target = Path(scratch) / "artifact"
@@ -97,7 +107,7 @@ def refactor_model(
         # Quality is measured on what is shipped: the permuted checkpoint, read back from disk.
         quality = measure(target, counts, shape, text.evaluation)
         kept = strictly_rising(quality)
-        write_sidecar(target, partitions, [counts[permille] for permille in kept])
+        write_sidecar(target, partitions, torch.stack([counts[permille] for permille in kept]))
         manifest = Manifest(
             tools={package: version(package) for package in ("moe-prism", "torch", "transformers")},
             source=SourceModel(
@@ -110,7 +120,7 @@ def refactor_model(
             files=list_files(target),
             calibration=Calibration(texts=texts, sequence_length=length, seeds=[0]),
             partition={"objective": "energy", "order": "descending"},
-            gate={"kind": "none", "selection": "prefix"},
+            gate={"kind": "none", "selection": "prefix", "allocation": "rank"},
             operating_points=[_measured_point(permille, quality[permille]) for permille in kept],
         )
         write_manifest(target, manifest)
@@ -137,9 +147,23 @@ def evaluate_artifact(directory: Path, text: Path, sequences_per_domain: int | N
     return {name: quality[index] for index, name in enumerate(names)}
 
 
+def allocate(
+    shares: Mapping[int, int], saliency: Sequence[Saliency], partitions: Sequence[Partition], top_k: int
+) -> dict[int, Tensor]:
+    """Budget in per-mille -> prefix counts [L, K]: each layer spends its sub-experts on the router's ranks by energy.
+
+    shares  budget in per-mille -> sub-experts per routed expert, on average over ranks
+    """
+    energies = [rank_energy(measured, cut) for measured, cut in zip(saliency, partitions, strict=True)]
+    return {
+        permille: torch.tensor([allocate_prefixes(energy, share * top_k) for energy in energies], dtype=torch.int32)
+        for permille, share in shares.items()
+    }
+
+
 def prefix_counts(points_permille: Sequence[int] | None, sub_experts: int) -> dict[int, int]:
-    """Budget in per-mille -> sub-experts that run, ascending and with 1000. Raises RecipeRefused for a budget that is
-    not a multiple of one sub-expert."""
+    """Budget in per-mille -> sub-experts per routed expert, ascending and with 1000. Raises RecipeRefused for a budget
+    that is not a multiple of one sub-expert."""
     if sub_experts < 1:
         raise RecipeRefused(f"--sub-experts must be at least 1; found {sub_experts}")
     possible = {round(1000 * count / sub_experts): count for count in range(1, sub_experts + 1)}
@@ -166,11 +190,11 @@ def strictly_rising(quality: dict[int, PointQuality]) -> list[int]:
 
 
 def measure(
-    checkpoint: Path, counts: dict[int, int], shape: Shape, sequences: Sequence[TokenSequence]
+    checkpoint: Path, counts: dict[int, Tensor], shape: Shape, sequences: Sequence[TokenSequence]
 ) -> dict[int, PointQuality]:
     """Quality of the prefix budgets `counts` on a permuted checkpoint, by per-mille."""
     model, _ = load_pretrained(checkpoint)
-    packed = PackedModel(model, PlanTables.uniform(list(counts.values()), len(shape.moe_layers), shape.sub_experts))
+    packed = PackedModel(model, PlanTables.prefix(torch.stack(list(counts.values())), shape.sub_experts))
     with _progress() as progress:
         task = progress.add_task("evaluate", total=len(sequences))
         indices = list(range(len(counts)))
@@ -182,7 +206,7 @@ def _measured_point(permille: int, quality: PointQuality) -> MeasuredPoint:
     return MeasuredPoint(
         name=FULL if permille == 1000 else f"b{permille}",
         budget_permille=permille,
-        policy="full" if permille == 1000 else "uniform",
+        policy="full" if permille == 1000 else "rank",
         relative_quality=quality.relative_quality,
         relative_quality_low=quality.relative_quality_low,
         kl=quality.kl,

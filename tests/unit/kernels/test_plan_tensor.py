@@ -8,7 +8,7 @@ from prism_runtime.kernels.plan import PREFIX, PlanTables, PlanTensor
 
 def tables(mode: int = PREFIX, count: int = 4) -> PlanTables:
     modes = torch.tensor([PREFIX, mode], dtype=torch.int32)
-    return PlanTables(modes, torch.tensor([[1, 2], [count, 4]], dtype=torch.int32), torch.zeros(2, 2), sub_experts=4)
+    return PlanTables(modes, torch.tensor([[[1], [2]], [[count], [4]]], dtype=torch.int32), torch.zeros(2, 2), 4)
 
 
 def test_unknown_selection_mode_is_refused_by_number() -> None:
@@ -17,8 +17,8 @@ def test_unknown_selection_mode_is_refused_by_number() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 5])
-def test_count_outside_one_to_all_sub_experts_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match="counts must be 1 to 4; found"):
+def test_count_of_the_first_rank_outside_one_to_all_sub_experts_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="counts must be 0 to 4, those of the first rank 1 or more; found"):
         tables(count=count)
 
 
@@ -35,5 +35,5 @@ def test_counts_of_rows_follow_class_point_and_layer() -> None:
     plan = PlanTensor(tables(), classes=2)
     plan.write([0, 1])
     plan.attach_rows([1, 0, -1])
-    assert [plan.row_counts(layer).tolist() for layer in (0, 1)] == [[4, 1, 0], [4, 2, 0]]
+    assert [plan.row_counts(layer).tolist() for layer in (0, 1)] == [[[4], [1], [0]], [[4], [2], [0]]]
     assert [plan.levels(layer) for layer in (0, 1)] == [[1, 4], [2, 4]]

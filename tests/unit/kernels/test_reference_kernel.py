@@ -40,6 +40,12 @@ def plan(class_point: tuple[int, ...], row_class: list[int]) -> PlanTensor:
     return tensor
 
 
+def uniform_plan(count: int, rows: int) -> PlanTensor:
+    tensor = PlanTensor(PlanTables.uniform([count], 1, SUB_EXPERTS), classes=1)
+    tensor.attach_rows([0] * rows)
+    return tensor
+
+
 def one_by_one(hidden: Tensor, expert_ids: Tensor, router: Tensor, counts: list[int], w: ExpertWeights) -> Tensor:
     out = torch.zeros_like(hidden)
     for row, count in enumerate(counts):
@@ -71,6 +77,20 @@ def test_mixed_points_and_padding_in_one_batch_equal_the_loop(bias: bool) -> Non
     counts = [0 if c == PADDING else COUNTS[c] for c in row_class]
     torch.testing.assert_close(out, one_by_one(hidden, ids, router, counts, w))
     assert not out[3].any()
+
+
+def test_counts_by_rank_follow_the_router_weights_and_not_the_order_of_the_slots() -> None:
+    w, (hidden, ids, router) = weights(), routing(13)
+    tensor = PlanTensor(PlanTables.prefix(torch.tensor([[[4, 1, 0]]], dtype=torch.int32), SUB_EXPERTS), classes=1)
+    tensor.attach_rows([0] * 13)
+    out = sub_expert_moe(hidden, ids, router, 0, tensor, w)
+    expected = torch.zeros_like(out)
+    for rank, count in enumerate((4, 1)):
+        slot = router.argsort(1, descending=True)[:, rank : rank + 1]
+        one = ids.gather(1, slot), router.gather(1, slot)
+        expected += sub_expert_moe(hidden, *one, 0, uniform_plan(count, 13), w)
+    torch.testing.assert_close(out, expected)
+    assert tensor.realised_budget == pytest.approx(5 / 12)
 
 
 def test_experts_of_another_rank_give_nothing() -> None:

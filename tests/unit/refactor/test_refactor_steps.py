@@ -3,14 +3,24 @@
 import gzip
 import json
 from decimal import Decimal
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prism_api.manifest import Divergence
 from prism_runtime.refactor.evaluate import PointQuality, clustered_mean
-from prism_runtime.refactor.partition import Saliency, invert, partition_by_energy
+from prism_runtime.refactor.partition import (
+    Saliency,
+    allocate_prefixes,
+    invert,
+    partition_by_energy,
+    rank_energy,
+)
 from prism_runtime.refactor.recipe import RecipeRefused, prefix_counts, strictly_rising
 from prism_runtime.refactor.text import Document, TextRefused, cut_sequences, hold_out, read_documents
 
@@ -21,8 +31,9 @@ def quality(mean: float, standard_error: float = 0.0) -> PointQuality:
 
 def saliency(experts: int = 3, neurons: int = 16) -> Saliency:
     generator = torch.Generator().manual_seed(0)
-    energy = torch.rand(experts, neurons, generator=generator)
-    return Saliency(energy, torch.rand(experts, neurons, generator=generator), torch.ones(experts, dtype=torch.int64))
+    energy, power = torch.rand(2, experts, neurons, generator=generator)
+    ranked = torch.rand(2, experts, neurons, generator=generator)
+    return Saliency(energy, ranked, power, torch.ones(experts, dtype=torch.int64))
 
 
 def test_partition_is_a_bijection_and_its_inverse_undoes_it() -> None:
@@ -40,8 +51,36 @@ def test_sub_experts_descend_in_energy_and_keep_all_of_it() -> None:
 
 
 def test_neurons_of_equal_energy_keep_the_order_of_the_source() -> None:
-    flat = Saliency(torch.ones(2, 8), torch.ones(2, 8), torch.ones(2, dtype=torch.int64))
+    flat = Saliency(torch.ones(2, 8), torch.ones(1, 2, 8), torch.ones(2, 8), torch.ones(2, dtype=torch.int64))
     assert torch.equal(partition_by_energy(flat, 2).perm, torch.arange(8, dtype=torch.int32).expand(2, -1))
+
+
+def test_rank_energy_follows_the_permutation_and_keeps_all_of_it() -> None:
+    measured = saliency()
+    partition = partition_by_energy(measured, 4)
+    energy = rank_energy(measured, partition)
+    first = measured.ranked[1, :, :].gather(1, partition.perm.long()).view(3, 4, 4).sum((0, 2))
+    torch.testing.assert_close(energy[1], first)
+    torch.testing.assert_close(energy.sum(1), measured.ranked.sum((1, 2)))
+
+
+@given(st.lists(st.lists(st.floats(0, 10), min_size=4, max_size=4), min_size=1, max_size=4), st.data())
+def test_allocated_prefixes_spend_the_budget_nest_and_lose_least_energy(rows: list[list[float]], data: Any) -> None:
+    energy = torch.tensor([sorted(row, reverse=True) for row in rows])
+    ranks = len(rows)
+    cells = data.draw(st.integers(1, 4 * ranks))
+    counts = allocate_prefixes(energy, cells)
+    assert sum(counts) == cells
+    assert counts[0] >= 1
+    assert all(0 <= count <= 4 for count in counts)
+    if cells > 1:
+        assert all(less <= more for less, more in zip(allocate_prefixes(energy, cells - 1), counts, strict=True))
+
+    def kept(of: tuple[int, ...]) -> float:
+        return sum(float(energy[rank, :count].sum()) for rank, count in enumerate(of))
+
+    others = (c for c in product(range(5), repeat=ranks) if c[0] >= 1 and sum(c) == cells)
+    assert kept(tuple(counts)) >= max(map(kept, others)) - 1e-4
 
 
 def test_standard_error_counts_sequences_within_domains() -> None:
