@@ -10,7 +10,7 @@ pytestmark = pytest.mark.cluster("nodes=2")
 
 def test_everything_owned_is_gone_even_if_the_operator_is_down(system: System) -> None:
     system.apply()
-    system.wait_ready(replicas=1)
+    system.wait_ready()
     owner = system.cluster.get("psvc", SERVICE, "-n", NAMESPACE)["metadata"]["uid"]
 
     def owned() -> list[str]:

@@ -202,7 +202,13 @@ def test_a_start_after_sigkill_ends_the_stale_run_keeps_images_and_forgets_conta
 
 def test_an_interrupted_start_and_a_stop_leave_nothing() -> None:
     argv = [sys.executable, "-m", "tests.localcluster", "up", "--name", "interrupted", "--nodes", "1"]
-    with subprocess.Popen(argv, cwd=paths.REPOSITORY, stdout=-1, stderr=-1, text=True) as start:
+
+    def hear_ctrl_c() -> None:
+        """A job that a shell started in the background ignores SIGINT, and so would its children."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": hear_ctrl_c}
+    with subprocess.Popen(argv, cwd=paths.REPOSITORY, **options) as start:
         assert start.stderr is not None
         first_step = start.stderr.readline()
         start.send_signal(signal.SIGINT)

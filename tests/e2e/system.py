@@ -105,24 +105,25 @@ class System:
         return {name: self.ladder[page.points[default]].budget_permille for name, page in seen.items() if page}
 
     def floor_permille(self) -> int:
-        """Lowest budget that the quality floors of all classes allow."""
-        classes = self.service["spec"]["classes"]
-        floors = [Decimal(c.get("quality", {}).get("minRelativeQuality", "1")) for c in classes]
-        return min(self.ladder.floor_for(floor).budget_permille for floor in floors)
+        """Lowest budget that the default class's quality floor allows."""
+        spec = self.service["spec"]
+        (default,) = (c for c in spec["classes"] if c["name"] == spec["defaultClass"])
+        floor = Decimal(default["quality"]["minRelativeQuality"])
+        return self.ladder.floor_for(floor).budget_permille
 
     # ---- waiting and breaking -----------------------------------------------------------------------------------
     def wait_until(self, what: str, ready: Callable[[], bool], timeout_s: float = 60) -> None:
         self.cluster.wait_until(what, ready, timeout_s)
 
-    def wait_ready(self, replicas: int, timeout_s: float = 120) -> None:
-        """Until exactly this many pods exist and are Ready, and the operator says so."""
+    def wait_ready(self, replicas: int | None = None, timeout_s: float = 120) -> None:
+        """Until exactly this many pods (default: as many as the Deployment wants) are Ready and follow the operator."""
 
         def ready() -> bool:
-            pods = self.pods()
-            acknowledged = self.status().get("budget", {}).get("ackedReplicas") == replicas
-            return len(pods) == replicas and all(pod.ready for pod in pods) and acknowledged
+            pods, wanted = self.pods(), replicas or self.deployment()["spec"]["replicas"]
+            acknowledged = self.status().get("budget", {}).get("ackedReplicas") == wanted
+            return len(pods) == wanted and all(pod.ready for pod in pods) and acknowledged
 
-        self.wait_until(f"{replicas} pods are Ready and follow the operator", ready, timeout_s)
+        self.wait_until(f"{replicas or 'all'} pods are Ready and follow the operator", ready, timeout_s)
 
     def kill(self, namespace: str, pod: str) -> None:
         """SIGKILL to a pod's process; its kubelet restarts it."""

@@ -176,6 +176,11 @@ PROJECT_IMAGES = (operator, runtime, model)
 """Functions, because a tag needs the sources and the built binaries, which may not be there at import."""
 
 
+def current_references() -> set[str]:
+    """What Pods of this checkout name."""
+    return {image().reference for image in (*CLUSTER_IMAGES, *PROJECT_IMAGES)}
+
+
 def project_image(name: str) -> Image:
     """The image of that name as the checkout's sources make it."""
     for image in PROJECT_IMAGES:

@@ -157,9 +157,22 @@ disabled_plugins = {json.dumps(disabled)}
             self._ask("containers", "rm", *containers)
         for line in self._ask("sandboxes", "ls").splitlines()[1:]:
             self._ask("sandboxes", "rm", "--force", line.split()[0])
+        self._remove_superseded_images()
         process.terminate()
         process.wait(timeout=START_TIMEOUT_S)
         shutil.rmtree(self.store / "io.containerd.grpc.v1.cri", ignore_errors=True)
+
+    def _remove_superseded_images(self) -> None:
+        """Older images of the project: 6 GB each, unless they share layers with the current ones.
+
+        Those are what a pull starts from, so nothing goes before the current ones are here.
+        """
+        listed = [line.split() for line in self._ask("images", "ls").splitlines()[1:]]
+        current = images.current_references()
+        kept = {digest for reference, _, digest, *_ in listed if reference in current}
+        superseded = [reference for reference, _, digest, *_ in listed if digest not in kept]
+        if superseded and any(reference == images.runtime().reference for reference, *_ in listed):
+            self._ask("images", "rm", "--sync", *superseded)
 
     def _kubelet(self) -> None:
         pki = self.run / "pki"

@@ -11,6 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from prism_api.points import Ladder
+from prism_api.profile import PointProfile, Profile
 from prism_runtime.engine.engine import Engine
 from prism_runtime.engine.governor import CLASS_SLOTS
 from prism_runtime.engine.pace import Pacer, load_profile
@@ -60,6 +62,25 @@ async def stream(served: Served, seed: int, max_tokens: int, **headers: str) -> 
     return response.status, len(events) - 1, events[-1] == b"data: [DONE]\n"
 
 
+def even_profile(ladder: Ladder, step_s: float) -> Profile:
+    """Steps of one length at every point: long enough that a directive can reach the pod between any two of them."""
+    cost = PointProfile(
+        step_base_nanoseconds=round(step_s * 1e9),
+        step_per_sequence_nanoseconds=0,
+        step_per_kilotoken_nanoseconds=0,
+        prefill_base_nanoseconds=0,
+        prefill_per_token_nanoseconds=0,
+    )
+    return Profile(
+        accelerator="test",
+        provenance="made up for a test",
+        max_sequences=50,
+        kv_tokens=25_600,
+        prefill_tokens_per_step=512,
+        points=dict.fromkeys(ladder.names, cost),
+    )
+
+
 async def switch_until(served: Served, context: Any, done: asyncio.Event, points: list[str]) -> int:
     """Order the points in turn, each as soon as the last was acknowledged; returns how many were."""
     url = f"https://127.0.0.1:{served.ports['control_port']}/v1/directive"
@@ -84,7 +105,8 @@ def test_fifty_streams_survive_a_switch_at_every_step_and_each_token_has_one_pla
         authority = Authority()
         authority.write_server(tmp_path / "tls")
         context = authority.client(tmp_path / "operator")
-        async with serving(engine, tls_dir=tmp_path / "tls", service_uid=SERVICE_UID) as served:
+        pacer = Pacer(even_profile(engine.ladder, step_s=0.05), engine.ladder)
+        async with serving(engine, pacer=pacer, tls_dir=tmp_path / "tls", service_uid=SERVICE_UID) as served:
             await until(lambda: served.process.certificates.state, "the control port is open")
             done = asyncio.Event()
             switching = asyncio.create_task(switch_until(served, context, done, ["b500", "full", "b750"]))
@@ -97,7 +119,7 @@ def test_fifty_streams_survive_a_switch_at_every_step_and_each_token_has_one_pla
             check_tokens(engine.reports, engine.ladder.index("full"), served)
             working = [report for report in engine.reports if not report.idle]
             versions = {report.plan.version for report in working}
-            assert len(versions) >= 0.6 * len(working), (len(versions), len(working), switches)
+            assert len(versions) >= 0.8 * len(working), (len(versions), len(working), switches)
             counters = served.process.accounting.totals
             assert counters["safe"].tokens_by_point == {"full": 240}
             assert len(counters["gold"].tokens_by_point) == 3
