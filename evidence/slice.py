@@ -46,8 +46,8 @@ Summary = dict[str, Any]
 class Runs:
     """The real things, each run at most once however many figures it gives."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, demo_runs: int = DEMO_RUNS) -> None:
+        self._console, self._demo_runs = console, demo_runs
 
     def command(self, argv: list[str], *, cwd: Path = ROOT, environment: Mapping[str, str] | None = None) -> float:
         """Seconds that a command took. Raises NotTaken if it failed, with the end of what it said."""
@@ -64,7 +64,7 @@ class Runs:
     def demos(self) -> list[tuple[float, Summary]]:
         """Wall seconds and report of each demo, on warm caches."""
         taken = []
-        for _ in range(DEMO_RUNS):
+        for _ in range(self._demo_runs):
             DEMO_REPORT.unlink(missing_ok=True)
             seconds = self.command([sys.executable, "-m", "examples.demo"])
             taken.append((seconds, json.loads(DEMO_REPORT.read_text())))
@@ -236,6 +236,7 @@ COLLECTORS = COLD | {
         "architectures", f"{TESTS} tests/runtime/test_architectures.py: logits and greedy tokens", _equal_at_full
     ),
 }
+NEVER_TAKEN = "not taken yet; run: make evidence-slice"
 UNTAKEN_COLD = "taken only with --cold: it needs a fresh clone and empty caches"
 
 
@@ -253,9 +254,10 @@ def main() -> int:
     ids = ", ".join(COLLECTORS)
     parser.add_argument("--only", nargs="+", choices=COLLECTORS, metavar="ID", help=f"re-take these alone: {ids}")
     parser.add_argument("--cold", action="store_true", help="take the cold figures too: about an hour, 60 GB of disk")
+    parser.add_argument("--demo-runs", type=int, default=DEMO_RUNS, help=f"demos to run (default {DEMO_RUNS})")
     arguments = parser.parse_args()
     console, known = Console(stderr=True), load(OUT)
-    runs = Runs(console)
+    runs = Runs(console, arguments.demo_runs)
     for name in (name for name in COLLECTORS if name in (arguments.only or COLLECTORS)):
         if name in COLD and not arguments.cold:
             if name not in known:
@@ -264,6 +266,8 @@ def main() -> int:
         figure = collect(name, runs)
         merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
         console.print(f"{name}: {figure.value if figure.why is None else f'not taken: {figure.why}'}", highlight=False)
+    for name in COLLECTORS.keys() - load(OUT).keys():
+        merge(OUT, absent(name, COLLECTORS[name].unit, COLLECTORS[name].how, NEVER_TAKEN), tuple(COLLECTORS))
     return 0
 
 
