@@ -1,6 +1,7 @@
 """Published figures: what one is, and the file that holds them."""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -39,13 +40,23 @@ class NotTaken(RuntimeError):
     """A figure could not be taken; the message becomes its `why`."""
 
 
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Two-sided 95 % quantiles of Student's t by number of runs; more than ten runs take the value of ten."""
+
+
 def measured(name: str, values: Sequence[float | None], unit: str, how: str, seeds: Sequence[int] = ()) -> Figure:
-    """Median and range of what repeated runs gave. A run that gave nothing makes the figure say so."""
+    """Mean of repeated runs with its 95 % interval (Student's t), or one run's value without an interval.
+
+    A run that gave nothing makes the figure say so.
+    """
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return absent(name, unit, how, f"{len(values) - len(known)} of {len(values)} runs did not show it")
-    middle = round(statistics.median(known), 4)
-    return Figure(name, middle, round(min(known), 4), round(max(known), 4), unit, how, seeds, versions())
+    mean = statistics.fmean(known)
+    if len(known) == 1:
+        return Figure(name, round(mean, 4), None, None, unit, how, seeds, versions())
+    half = T_95[min(len(known), max(T_95))] * statistics.stdev(known) / math.sqrt(len(known))
+    return Figure(name, round(mean, 4), round(mean - half, 4), round(mean + half, 4), unit, how, seeds, versions())
 
 
 def absent(name: str, unit: str, how: str, why: str) -> Figure:

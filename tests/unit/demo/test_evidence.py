@@ -40,9 +40,15 @@ def _demo(attainment: float | None, failed: int = 0) -> tuple[float, dict[str, A
     return 300.0, {"summaries": {"elastic": summary, "held": summary}}
 
 
-def test_repeated_runs_give_median_and_range() -> None:
+def test_repeated_runs_give_the_mean_and_its_95_percent_interval() -> None:
     figure = evidence.collect("replay.attainment", Taken(demos=[_demo(0.9), _demo(0.99), _demo(0.97)]))
-    assert (figure.value, figure.low, figure.high) == (0.97, 0.9, 0.99)
+    # Standard deviation 0.04726 of three runs: 4.303 * 0.04726 / sqrt(3) = 0.1174.
+    assert (figure.value, figure.low, figure.high) == (0.9533, 0.8359, 1.0707)
+
+
+def test_one_run_has_no_interval() -> None:
+    figure = evidence.collect("replay.attainment", Taken(demos=[_demo(0.9)]))
+    assert (figure.value, figure.low, figure.high) == (0.9, None, None)
 
 
 def test_a_run_that_did_not_show_a_figure_is_not_left_out_of_the_median() -> None:
