@@ -27,6 +27,6 @@ def test_a_killed_runtime_is_restarted_and_only_its_own_streams_break(system: Sy
         )
     broken = load.failed
     assert broken, "the victim had streams in flight"
-    assert all("Payload" in (answer.error or "") or "Disconnected" in (answer.error or "") for answer in broken), broken
+    assert all(answer.error for answer in broken), "a broken stream must not look finished"
     assert len(broken) < len(load.answers) / 2, "requests that had not reached the victim must go on"
     system.wait_ready(replicas=2)
