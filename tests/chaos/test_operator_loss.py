@@ -31,8 +31,9 @@ def test_a_killed_operator_costs_no_request_and_its_successor_resumes_without_a_
     record("operator_kill", failed_requests=len(load.failed), requests=len(load.answers))
     assert load.failed == []
     assert len(samples) > 10
-    assert any(budgets for _, budgets in samples)
-    assert all(set(budgets.values()) <= {floor} for _, budgets in samples), f"a budget jumped: {samples}"
+    answered = [budgets for _, budgets in samples if budgets]
+    assert len(answered) >= 0.9 * len(samples), f"the pods stopped answering: {samples}"
+    assert all(set(budgets.values()) == {floor} for budgets in answered), f"a budget jumped: {samples}"
     assert system.deployment()["spec"]["replicas"] == replicas
     moves = [d for d in system.status()["decisions"] if d["kind"] == "Replicas"]
     assert len(moves) <= 1, f"the replica count flapped: {moves}"

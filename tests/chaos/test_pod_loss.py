@@ -27,6 +27,7 @@ def test_a_killed_runtime_is_restarted_and_only_its_own_streams_break(system: Sy
         )
     broken = load.failed
     assert broken, "the victim had streams in flight"
-    assert all(answer.error for answer in broken), "a broken stream must not look finished"
+    ends = ("Payload", "Disconnected", "Reset")
+    assert all(any(end in (answer.error or "") for end in ends) for answer in broken), broken
     assert len(broken) < len(load.answers) / 2, "requests that had not reached the victim must go on"
     system.wait_ready(replicas=2)
