@@ -18,6 +18,8 @@ def test_a_killed_operator_costs_no_request_and_its_successor_resumes_without_a_
     arrivals = steady_then_burst(58, calm_per_s=2, burst_per_s=20, burst_at_s=6, burst_s=48)
     with system.load("operator_kill", arrivals) as load:
         system.wait_until("both pods run at the floor", lambda: set(system.budgets().values()) == {floor}, timeout_s=30)
+        system.wait_until("the status tells the move", lambda: bool(_moves(system, "Budget")), timeout_s=10)
+        told = _moves(system, "Budget")
         epoch, replicas = system.status()["budget"]["epoch"], system.deployment()["spec"]["replicas"]
         system.kill(OPERATOR_NAMESPACE, system.operator_pod()["metadata"]["name"])
         killed = time.monotonic()
@@ -35,5 +37,10 @@ def test_a_killed_operator_costs_no_request_and_its_successor_resumes_without_a_
     assert len(answered) >= 0.9 * len(samples), f"the pods stopped answering: {samples}"
     assert all(set(budgets.values()) == {floor} for budgets in answered), f"a budget jumped: {samples}"
     assert system.deployment()["spec"]["replicas"] == replicas
-    moves = [d for d in system.status()["decisions"] if d["kind"] == "Replicas"]
-    assert len(moves) <= 1, f"the replica count flapped: {moves}"
+    assert told[-1] in _moves(system, "Budget"), "the successor forgot what its predecessor decided"
+    assert len(_moves(system, "Replicas")) <= 1, f"the replica count flapped: {system.status()}"
+
+
+def _moves(system: System, kind: str) -> list[dict[str, object]]:
+    """What the status tells of a knob's moves, newest first."""
+    return [decision for decision in system.status().get("decisions", []) if decision["kind"] == kind]

@@ -1,4 +1,8 @@
-"""Status writes off the tick's path: the last offer wins, one write per object and interval, only what changed."""
+"""Status writes off the tick's path: the last offer wins, one write per object and interval, only what changed.
+
+A status that holds a new decision waits for a second at most: whoever reads it sees moves when they happen, and a process
+that dies takes few of them along.
+"""
 
 import asyncio
 import logging
@@ -10,6 +14,7 @@ from prism_operator.control.kube import Kube, KubeError, NotFound
 from prism_operator.control.resources import Object, Resource
 
 INTERVAL_S = 5.0
+DECISION_INTERVAL_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +64,21 @@ class StatusWriter:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
+    def _due_s(self, key: Key) -> float:
+        """When the offered status may be written; a withdrawn offer is due at once, so that its task ends."""
+        offered, written = self._offered.get(key), self._written.get(key, {})
+        if offered is None:
+            return self._clock()
+        decided = offered.get("decisions") != written.get("decisions")
+        interval_s = min(DECISION_INTERVAL_S, self._interval_s) if decided else self._interval_s
+        return self._written_s.get(key, float("-inf")) + interval_s
+
     async def _write(self, key: Key) -> None:
         resource, namespace, name = key
         try:
             while key in self._offered:
-                since_s = self._clock() - self._written_s.get(key, float("-inf"))
-                if since_s < self._interval_s:
-                    await self._sleep(self._interval_s - since_s)
+                while (wait_s := self._due_s(key) - self._clock()) > 0:
+                    await self._sleep(min(wait_s, DECISION_INTERVAL_S))  # an offer meanwhile may be due earlier
                 status = self._offered.pop(key, None)
                 if status is None:
                     return

@@ -52,6 +52,23 @@ def test_of_many_offers_within_the_interval_only_the_first_and_the_last_are_writ
     run(scenario)
 
 
+def test_a_status_with_a_new_decision_does_not_wait_for_the_interval():
+    async def scenario(kube, writer, time):
+        offer(writer, replicas=1)
+        await settle(writer)
+        offer(writer, replicas=2)
+        await asyncio.sleep(0)
+        offer(writer, replicas=2, decisions=[{"kind": "Budget"}])
+        await settle(writer)
+        assert [status for _, status in kube.statuses] == [
+            {"replicas": 1},
+            {"replicas": 2, "decisions": [{"kind": "Budget"}]},
+        ]
+        assert time.now_s <= 2.0
+
+    run(scenario)
+
+
 def test_an_equal_status_is_not_written_again_not_even_after_a_restart():
     async def scenario(kube, writer, time):
         writer.remember(PRISM_SERVICES, "team-a", "chat", {"replicas": 1})
