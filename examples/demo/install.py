@@ -1,7 +1,7 @@
 """Puts the operator and the demo's service on a cluster, with the commands a user would type."""
 
 import json
-import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,40 +59,37 @@ def apply_model(cluster: Cluster, image: str) -> PrismModelSpec:
     return PrismModelSpec.model_validate(model["spec"])
 
 
-def start_service(cluster: Cluster, service: Object) -> float:
-    """Apply a PrismService and wait until it is Ready with its fewest replicas; the seconds that took."""
-    began_s = time.monotonic()
-    name, fewest = service["metadata"]["name"], service["spec"]["scaling"]["minReplicas"]
-    _apply(cluster, service)
+def start_services(cluster: Cluster, services: Iterable[Object]) -> None:
+    """Apply PrismServices, and wait until each is Ready with its fewest replicas and these follow the operator."""
+    services = list(services)
+    for service in services:
+        _apply(cluster, service)
+    for service in services:
+        name, fewest = service["metadata"]["name"], service["spec"]["scaling"]["minReplicas"]
+        cluster.wait_until(
+            f"psvc/{name} is Ready with {fewest} replica(s) that follow the operator",
+            partial(_settled, cluster, name, fewest),
+            READY_WITHIN_S,
+        )
 
-    def settled() -> bool:
-        status = cluster.get("psvc", name, "-n", _namespace())["status"]
-        ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status["conditions"])
-        seen = {
-            "replicas": status["replicas"],
-            "readyReplicas": status["readyReplicas"],
-            "ackedReplicas": status["budget"]["ackedReplicas"],
-        }
-        if not ready or set(seen.values()) != {fewest}:
-            raise ClusterError(f"Ready is {ready}, {', '.join(f'{key} {count}' for key, count in seen.items())}")
-        return True
 
-    cluster.wait_until(
-        f"psvc/{name} is Ready with {fewest} replica(s) that follow the operator", settled, READY_WITHIN_S
-    )
-    return time.monotonic() - began_s
+def _settled(cluster: Cluster, name: str, replicas: int) -> bool:
+    status = cluster.get("psvc", name, "-n", _namespace())["status"]
+    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status["conditions"])
+    seen = {
+        "replicas": status["replicas"],
+        "readyReplicas": status["readyReplicas"],
+        "ackedReplicas": status["budget"]["ackedReplicas"],
+    }
+    if not ready or set(seen.values()) != {replicas}:
+        raise ClusterError(f"Ready is {ready}, {', '.join(f'{key} {count}' for key, count in seen.items())}")
+    return True
 
 
 def end_service(cluster: Cluster, service: Object) -> None:
-    """Delete a PrismService and wait until its last pod is gone, so that the next one starts from nothing."""
+    """Delete a PrismService and do not wait for its pods, which drain."""
     name = service["metadata"]["name"]
-    cluster.kubectl("delete", "psvc", name, "-n", _namespace(), "--ignore-not-found")
-
-    def gone() -> bool:
-        selector = ("-l", f"moeprism.io/service={name}")
-        return not cluster.get("pods", "-n", _namespace(), *selector)["items"]
-
-    cluster.wait_until(f"the pods of psvc/{name} are gone", gone, GONE_WITHIN_S)
+    cluster.kubectl("delete", "psvc", name, "-n", _namespace(), "--ignore-not-found", "--wait=false")
 
 
 def service_url(cluster: Cluster, service: Object) -> str:

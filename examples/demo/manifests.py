@@ -19,19 +19,41 @@ SCALE_UP_WINDOW_S = 5
 SLOW_LOOP_S = 5
 """operator.slowLoopSeconds instead of 30, for the same reason."""
 
+PACED_START = "PRISM_PACE_START_SECONDS"
+FAST_START_SECONDS = 4
+"""Instead of 15 in the short demo."""
+
 Document = dict[str, Any]
 
 
-def service(*, runtime_image: str | None = None, budget_control: str = "Auto") -> Document:
-    """examples/prismservice.yaml with the runtime image, `budget.control` and the scale-up window replaced."""
+HELD = "held"
+"""Suffix of the name of the service whose budget is held at full."""
+
+
+def service(
+    *, runtime_image: str | None = None, budget_control: str = "Auto", start_seconds: int | None = None
+) -> Document:
+    """examples/prismservice.yaml with `budget.control` and the scale-up window replaced, and if given the runtime image
+    and the time that a pod takes to start. A service with the budget off has a name of its own."""
     document: Document = yaml.safe_load(SERVICE.read_text())
-    spec = copy.deepcopy(document["spec"])
+    metadata, spec = document["metadata"], copy.deepcopy(document["spec"])
+    if budget_control == "Off":
+        metadata = metadata | {"name": f"{metadata['name']}-{HELD}"}
     spec.setdefault("budget", {})["control"] = budget_control
     scale_up = spec["scaling"].setdefault("behavior", {}).setdefault("scaleUp", {})
     scale_up["stabilizationWindowSeconds"] = SCALE_UP_WINDOW_S
     if runtime_image is not None:
         spec["runtime"]["image"] = runtime_image
-    return document | {"spec": spec}
+    if start_seconds is not None:
+        paced = {"name": PACED_START, "value": str(start_seconds)}
+        for pool in spec["pools"]:
+            pool["pod"]["env"] = [paced if each["name"] == PACED_START else each for each in pool["pod"]["env"]]
+    return document | {"metadata": metadata, "spec": spec}
+
+
+def paced_start_seconds(service: Document) -> str:
+    """How long a pod of this service pretends to start."""
+    return next(each["value"] for each in service["spec"]["pools"][0]["pod"]["env"] if each["name"] == PACED_START)
 
 
 def model(image: str, *, manifest: Path = ARTIFACT_MANIFEST) -> Document:

@@ -1,7 +1,7 @@
 """Status writes off the tick's path: the last offer wins, one write per object and interval, only what changed.
 
-A status that holds a new decision waits for a second at most: whoever reads it sees moves when they happen, and a process
-that dies takes few of them along.
+A status that holds a new decision waits for a second at most: whoever reads it sees moves when they happen, and a
+process that dies takes few of them along.
 """
 
 import asyncio

@@ -2,11 +2,13 @@
 
     ask      max(ceil((1 + h/2) * need(top)), ceil((1 + h) * need(floor)))      h = headroom, reserve half in pods
     keep     ceil((1 + h) * need(top)) of the mean load                         the N/(N-1) test on the way down
-    up       least ask of the up window, if above what is ordered
+    up       least ask of the up window, if above what is ordered; of twice the window while the knob holds the load
     down     largest keep of the down window, if below; one pod at a time, never before the window is full
 
 `need(point)` is the real number of replicas that hold the offered load with every class at that point. Planning at the
-top keeps quality; the second term of `ask` makes the floors hold a reserve, so that the budget can bridge.
+top keeps quality; the second term of `ask` makes the floors hold a reserve, so that the budget can bridge. A pod that
+is ordered runs for the down window at least, so a burst that ready pods hold at lower points may first show that it
+lasts: an order is late by one window then, and no objective is missed for it.
 
 Pods that are ordered and still start are part of what is ordered, so nothing is asked for twice; while some start, only
 a higher ask than the one they answer adds more. A pod that starts for too long is reported and no longer waited for. It
@@ -17,7 +19,7 @@ import math
 from dataclasses import dataclass, replace
 
 from prism_api.profile import Profile
-from prism_api.service import ScalingControl
+from prism_api.service import BudgetControl, ScalingControl
 from prism_operator.plan import capacity, demand
 from prism_operator.plan.capacity import ClassLoad
 from prism_operator.plan.types import (
@@ -35,6 +37,8 @@ from prism_operator.plan.types import (
 EWMA_WEIGHT = 0.3
 """Weight of the newest pod-ready time in the expectation."""
 REMEMBERED_STARTS = 10
+PATIENCE = 2
+"""Up windows that an ask must last through while ready pods hold the load at the floors."""
 _ROUNDING = 1e-9
 """Keeps a need of exactly n replicas from asking for n + 1."""
 
@@ -47,6 +51,8 @@ class _Ask:
     down: int | None
     reason: Reason
     message: str
+    bridged: bool = False
+    """Whether the ready pods hold the load once every class is at its floor, and may be sent there."""
 
 
 def decide(
@@ -111,11 +117,11 @@ def _ask(observation: Observation, state: DemandState, policy: ServicePolicy) ->
         peak.append(ClassLoad(class_policy, max(short.per_s, long.per_s), lengths))
         mean.append(ClassLoad(class_policy, long.per_s, lengths))
     profile = observation.profile and capacity.scaled(observation.profile, state.cost_factor)
-    return _from_profile(profile, policy, peak, mean) or _from_saturation(observation, state, policy)
+    return _from_profile(profile, policy, peak, mean, len(ready)) or _from_saturation(observation, state, policy)
 
 
 def _from_profile(
-    profile: Profile | None, policy: ServicePolicy, peak: list[ClassLoad], mean: list[ClassLoad]
+    profile: Profile | None, policy: ServicePolicy, peak: list[ClassLoad], mean: list[ClassLoad], ready: int
 ) -> _Ask | None:
     offered = sum(load.per_s for load in peak)
     if not peak:
@@ -131,11 +137,12 @@ def _from_profile(
         return None
     headroom = policy.effective.headroom
     up = max(_ceil((1 + headroom / 2) * top), _ceil((1 + headroom) * bottom))
+    bridged = policy.budget is BudgetControl.AUTO and _ceil(bottom) <= ready
     text = (
         f"offered {offered:.2f}/s needs {top:.2f} replicas at '{policy.max_point}' and {bottom:.2f} at the floors, "
         f"plus headroom {headroom:.2f}"
     )
-    return _Ask(up, _ceil((1 + headroom) * kept), Reason.DEMAND, text)
+    return _Ask(up, _ceil((1 + headroom) * kept), Reason.DEMAND, text, bridged)
 
 
 def _from_saturation(observation: Observation, state: DemandState, policy: ServicePolicy) -> _Ask:
@@ -173,7 +180,7 @@ def _ceil(replicas: float) -> int:
 
 def _remember(now_s: float, ask: _Ask, policy: ServicePolicy, state: ReplicaState) -> ReplicaState:
     since_s = now_s if state.since_s is None else state.since_s
-    kept_s = max(policy.effective.stabilization_up_s, policy.effective.stabilization_down_s)
+    kept_s = max(PATIENCE * policy.effective.stabilization_up_s, policy.effective.stabilization_down_s)
     history = tuple(one for one in state.recommendations if one.at_s >= now_s - kept_s)
     repeated = bool(history) and history[-1].at_s >= now_s
     if ask.up is not None and ask.down is not None and not repeated:
@@ -285,10 +292,11 @@ def _up(tick: _Tick, asked: int, limit: Reason | None, state: ReplicaState) -> t
     now_s, policy = tick.observation.now_s, tick.policy
     if now_s - tick.demand_since_s < policy.loop.short_window_s:
         return tick.hold(Status.HOLD, Reason.STABILIZING, "demand is seen for too short a time"), state
-    since_s = now_s - policy.effective.stabilization_up_s
+    windows = PATIENCE if tick.ask.bridged else 1
+    since_s = now_s - windows * policy.effective.stabilization_up_s
     lasting = min(_clamped(one.up, policy)[0] for one in state.recommendations if one.at_s >= since_s)
     if lasting <= tick.ordered:
-        return tick.hold(Status.HOLD, Reason.STABILIZING, "not asked for all through the up window"), state
+        return tick.hold(Status.HOLD, Reason.STABILIZING, f"not asked for through {windows} up window(s)"), state
     if tick.starting > 0 and state.ordered_for is not None and asked <= state.ordered_for:
         eta_s = expected_ready_s(tick.observation, policy)
         text = f"{tick.starting} pods start for this already, expected ready {eta_s:.0f} s after creation"

@@ -102,13 +102,14 @@ def test_a_users_own_cluster_needs_an_address_for_the_load(
 
 
 @pytest.mark.parametrize("control", ["Auto", "Off"])
-def test_both_replays_run_a_valid_service_that_differs_in_the_budgets_control_alone(control: str) -> None:
+def test_both_replays_run_a_valid_service_that_differs_in_name_and_the_budgets_control_alone(control: str) -> None:
     service = manifests.service(runtime_image="registry.example/runtime:1", budget_control=control)
     spec = PrismServiceSpec.model_validate(service["spec"])
     assert spec.budget.control == control
     assert spec.runtime.image == "registry.example/runtime:1"
     other = manifests.service(runtime_image="registry.example/runtime:1", budget_control="Auto")
     other["spec"]["budget"]["control"] = control
+    other["metadata"]["name"] = {"Auto": "chat", "Off": "chat-held"}[control]
     assert service == other
 
 

@@ -61,6 +61,15 @@ def test_ask_must_last_through_the_up_window() -> None:
     assert (plan.status, plan.reason, plan.replicas) == (Status.HOLD, Reason.STABILIZING, 1)
 
 
+def test_a_burst_that_the_floors_hold_must_last_twice_as_long_before_a_pod_is_ordered() -> None:
+    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 45, 1, 1),))
+    floors_hold, floors_do_not = 6, 9
+    assert _decide(floors_hold, state=state)[0].reason is Reason.STABILIZING
+    assert _decide(floors_do_not, state=state)[0].replicas == 2
+    knob_off = service_policy(budget={"control": "Off"})
+    assert _decide(floors_hold, state=state, policy=knob_off)[0].replicas == 2
+
+
 def test_maximum_limits_and_is_named() -> None:
     plan, _ = _decide(40, pods=3)
     assert (plan.status, plan.reason, plan.replicas) == (Status.BLOCKED, Reason.MAX_REPLICAS, 3)
