@@ -20,7 +20,7 @@ SLOW_LOOP_S = 5
 """operator.slowLoopSeconds instead of 30, for the same reason."""
 
 PACED_START = "PRISM_PACE_START_SECONDS"
-FAST_START_SECONDS = 4
+FAST_START_SECONDS = 2
 """Instead of 15 in the short demo."""
 
 Document = dict[str, Any]
