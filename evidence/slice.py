@@ -36,6 +36,8 @@ DEMO, TESTS = "python -m examples.demo", "python -m pytest"
 FRESH = "fresh clone, empty caches"
 DEMO_RUNS, CLUSTER_STARTS = 3, 3
 COLD_CACHES = ("PRISM_CACHE", "XDG_CACHE_HOME", "GOCACHE", "GOMODCACHE", "UV_CACHE_DIR", "PIP_CACHE_DIR")
+OF_OUTER_RUN = ("VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGS")
+"""Left out of a cold run's environment: a `make evidence-slice ARGS=...` would hand its ARGS on."""
 SAME_LOGITS = "test_full_budget_gives_the_logits_of_the_stock_model"
 SAME_TOKENS = "test_continuous_batching_at_full_budget_gives_the_greedy_tokens_of_the_stock_model"
 REFUSED = ("test_an_invalid_manifest_is_refused", "test_a_change_of_an_immutable_field_is_refused")
@@ -116,8 +118,8 @@ class Runs:
         with tempfile.TemporaryDirectory(prefix="cold-", dir=paths.cache().parent) as folder:
             clone, caches = Path(folder) / "clone", Path(folder) / "c"  # short: a socket path has 107 bytes
             self.command(["git", "clone", "-q", str(ROOT), str(clone)])
-            environment = os.environ | {name: str(caches / name.lower()) for name in COLD_CACHES}
-            environment.pop("VIRTUAL_ENV", None)
+            inherited = {name: value for name, value in os.environ.items() if name not in OF_OUTER_RUN}
+            environment = inherited | {name: str(caches / name.lower()) for name in COLD_CACHES}
             seconds = self.command(["make", target], cwd=clone, environment=environment)
             # Modules of Go are read-only, also for whoever removes the folder.
             self.command(["chmod", "-R", "u+w", str(caches)])
