@@ -20,7 +20,7 @@ class Figure:
     """One published number.
 
     value     None if it could not be taken; then `why` says why
-    low, high the range over repeated runs; equal to `value` for a single run
+    low, high 95 % interval of the mean over repeated runs, within what the unit can be; None for a single run
     how       the command that took it
     seeds     of whatever was random and could be seeded
     """
@@ -44,6 +44,10 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9
 """Two-sided 95 % quantiles of Student's t by number of runs; more than ten runs take the value of ten."""
 
 
+SIGNED = ("points",)
+"""Units whose values can be negative, such as differences."""
+
+
 def measured(name: str, values: Sequence[float | None], unit: str, how: str, seeds: Sequence[int] = ()) -> Figure:
     """Mean of repeated runs with its 95 % interval (Student's t), or one run's value without an interval.
 
@@ -56,7 +60,9 @@ def measured(name: str, values: Sequence[float | None], unit: str, how: str, see
     if len(known) == 1:
         return Figure(name, round(mean, 4), None, None, unit, how, seeds, versions())
     half = T_95[min(len(known), max(T_95))] * statistics.stdev(known) / math.sqrt(len(known))
-    return Figure(name, round(mean, 4), round(mean - half, 4), round(mean + half, 4), unit, how, seeds, versions())
+    least, most = -math.inf if unit in SIGNED else 0.0, 1.0 if unit == "share" else math.inf
+    low, high = max(least, mean - half), min(most, mean + half)
+    return Figure(name, round(mean, 4), round(low, 4), round(high, 4), unit, how, seeds, versions())
 
 
 def absent(name: str, unit: str, how: str, why: str) -> Figure:
