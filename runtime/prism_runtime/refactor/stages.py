@@ -70,6 +70,9 @@ class WorkFolder:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise WorkFolderRefused(f"'{folder}' cannot be a work folder: {error}") from error
+        for left in folder.glob(".*.safetensors.*"):
+            if (folder / left.name[1:].rpartition(".")[0]).exists():  # its writer was killed, or comes too late
+                left.unlink(missing_ok=True)
         if absent := [str(other) for other in others if not other.is_dir()]:
             raise WorkFolderRefused(f"no such work folders: {absent}; give what '--work' named")
 
