@@ -63,14 +63,30 @@ class Divergence(Document):
     standard_error: float
     p99: float
     tokens: Positive
+    median: float | None = None
+    max: float | None = None
 
 
 class MeasuredPoint(OperatingPoint):
-    """An operating point with the evidence behind its quality; the extra fields stay in the artifact."""
+    """An operating point with the evidence behind its quality; the extra fields stay in the artifact.
+
+    realised_permille          mean realised budget on the evaluation text, every cost counted
+    realised_permille_by_text  the same for each text, by its name
+    ce_delta                   rise of the cross entropy over the full model's, in nats a token
+    touched_bytes_share        share of the routed experts' weight bytes that one step reads, by its number of tokens
+    distinct                   KL differs from the next point's beyond the bootstrap interval, and cost by 1 % or more
+    stable                     its place on the ladder is kept over calibration seeds and texts
+    None where it was not measured.
+    """
 
     kl: Divergence | None = None
     same_top1: float | None = None
     realised_permille: Annotated[int, Field(ge=1, le=1000)] | None = None
+    realised_permille_by_text: dict[str, Annotated[int, Field(ge=1, le=1000)]] | None = None
+    ce_delta: float | None = None
+    touched_bytes_share: dict[str, float] | None = None
+    distinct: bool | None = None
+    stable: bool | None = None
 
 
 class Manifest(Document):

@@ -61,6 +61,28 @@ def experts_modules(model: PreTrainedModel) -> list[tuple[int, nn.Module]]:
     return found
 
 
+def block_norms(model: PreTrainedModel) -> list[nn.Module]:
+    """The norm of every MoE layer whose input is the residual and whose output enters the router and the experts.
+
+    Raises UnsupportedModel where a decoder layer does not name it as the supported architectures do.
+    """
+    norms = []
+    for index, _ in experts_modules(model):
+        norm = getattr(model.base_model.layers[index], "post_attention_layernorm", None)
+        if norm is None:
+            raise UnsupportedModel(
+                f"layer {index} of {type(model).__name__} has no 'post_attention_layernorm' before its experts; "
+                f"gates need the residual that enters it"
+            )
+        norms.append(norm)
+    return norms
+
+
+def residual_rms(residual: Tensor) -> Tensor:
+    """[..., H] -> [T] float32: root mean square of the residual that enters a block's norm, one value a token."""
+    return residual.detach().float().pow(2).mean(-1).sqrt().flatten()
+
+
 def fused_projections(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """Gate [E, C, H], up [E, C, H] and transposed down [E, C, H] of any Hugging Face layout: one row a neuron.
 
