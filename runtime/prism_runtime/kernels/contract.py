@@ -1,6 +1,6 @@
 """What every sub-expert kernel computes, whatever it runs on, and where the engine gets one from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
@@ -33,6 +33,49 @@ class ExpertWeights:
     activation: Activation
 
 
+@dataclass(frozen=True, slots=True)
+class GateWeights:
+    """One layer's gate: predicts the logarithm of a sub-expert's output norm, without the router weight.
+
+    weight     [E, N, H]  float32, of the row that enters the experts
+    bias       [E, N]     float32
+    mean       [E, N]     float32, of the prediction on calibration rows
+    deviation  [E, N]     float32, of the same
+    token      [H + 3]    float32, or None: weights of [x, R, log R, 1] for the token's sensitivity
+    kappa                 a threshold farther than `kappa` deviations from `mean` is decided by `mean`, without the
+                          product; None evaluates every output
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    deviation: Tensor
+    token: Tensor | None
+    kappa: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompensationWeights:
+    """One layer's and point's stand-in for what is dropped: `([x, 1] a + sum of g c[e, n] over dropped cells) u`.
+
+    a  [H + 1, r]  float32
+    u  [r, H]      float32
+    c  [E, N, r]   float32
+    """
+
+    a: Tensor
+    u: Tensor
+    c: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GatedLayer:
+    """What threshold and batch points need of one layer beside its experts; compensation by ladder index."""
+
+    gate: GateWeights
+    compensation: Mapping[int, CompensationWeights]
+
+
 class SubExpertKernel(Protocol):
     """Weighted sum of the active sub-experts' outputs, one row a token.
 
@@ -41,9 +84,11 @@ class SubExpertKernel(Protocol):
     router_weights  [T, K]  as the router scaled them; not renormalised over the sub-experts that run
     layer           index into the plan's tables, counted over MoE layers
     plan            rows attached for exactly these T rows
+    gated           needed if a row stands at a threshold or batch point, else not read
+    residual_rms    [T] float32, root mean square of the residual before the block's norm; needed with `gated`
 
     Returns [T, H] in the dtype of `hidden`, and adds to the plan's counters. A row is independent of the other rows'
-    operating points.
+    operating points, and at prefix and threshold points of the other rows.
     """
 
     def __call__(
@@ -54,12 +99,14 @@ class SubExpertKernel(Protocol):
         layer: int,
         plan: PlanTensor,
         weights: ExpertWeights,
+        gated: GatedLayer | None = None,
+        residual_rms: Tensor | None = None,
     ) -> Tensor: ...
 
 
-REFERENCE = "reference"
+REFERENCE, TRITON = "reference", "triton"
 
-_MODULES = {REFERENCE: "prism_runtime.kernels.reference"}
+_MODULES = {REFERENCE: "prism_runtime.kernels.reference", TRITON: "prism_runtime.kernels.triton_moe"}
 """Imported when asked for: a kernel may need a compiler or a device that this machine does not have."""
 
 

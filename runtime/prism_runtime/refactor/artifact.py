@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,9 +44,8 @@ class Artifact:
         names = [point.name for point in self.manifest.operating_points]
         order = torch.tensor([names.index(name) for name in self.manifest.ladder.names])
         count = torch.stack([self.sidecar[f"layers.{layer}.count"] for layer in self.manifest.shape.moe_layers], 1)
-        count = count[order].contiguous()
-        tau = torch.zeros(count.shape[:2])
-        return PlanTables(self.sidecar["mode"][order], count, tau, self.manifest.shape.sub_experts)
+        tables = PlanTables.prefix(count[order], self.manifest.shape.sub_experts)
+        return replace(tables, mode=self.sidecar["mode"][order])
 
     def restore_source(self, target: Path) -> None:
         """Write the source checkpoint's weights to the directory `target`, by the inverse permutation."""

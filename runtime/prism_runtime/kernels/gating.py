@@ -1,0 +1,72 @@
+"""The gate and the compensation of one layer, for the rows of a forward that stand at threshold and batch points."""
+
+import torch
+from torch import Tensor
+
+from prism_runtime.kernels.contract import CompensationWeights, GatedLayer
+from prism_runtime.kernels.plan import BATCH, PlanTensor
+from prism_runtime.kernels.selection import floor_cells, gate_scores, keep_above, keep_highest, log_token_factor
+
+
+def choose_cells(
+    hidden: Tensor,
+    expert_ids: Tensor,
+    router_weights: Tensor,
+    residual_rms: Tensor,
+    layer: int,
+    plan: PlanTensor,
+    gated: GatedLayer,
+    neurons: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(rows [M], cells that run [M, K, N], what compensation adds [M, H] or None), for threshold and batch points.
+
+    Arguments as `contract.SubExpertKernel` has them; `neurons` are those of one sub-expert. Charges the plan with what
+    runs and with what choosing and compensating cost: a gate output is H multiply-adds, a token's sensitivity H, a
+    compensation of rank r 2 r H a token and r a dropped cell. Elementwise work is not counted.
+    """
+    gate = gated.gate
+    experts, sub_experts, width = gate.weight.shape
+    rows, keeps, added = [], [], []
+    for point, at in plan.gated_rows.items():
+        x, router = hidden[at], router_weights[at].float()
+        valid = expert_ids[at] < experts
+        ids = expert_ids[at].clamp(max=experts - 1)
+        log_scale = router.log() + log_token_factor(x, residual_rms[at], gate.token)[:, None]
+        floor = floor_cells(router, valid, sub_experts)
+        if plan.mode_of(point) == BATCH:
+            scores, outputs = gate_scores(x, ids, log_scale, gate, None)
+            keep = keep_highest(scores, floor, valid, plan.share_of(point, layer))
+        else:
+            tau = plan.threshold(point, layer)
+            scores, outputs = gate_scores(x, ids, log_scale, gate, tau)
+            keep = keep_above(scores, floor, valid, tau, plan.cap_of(point))
+        rows.append(at)
+        keeps.append(keep)
+
+        multiply_adds = outputs.sum() * width
+        if gate.token is not None:
+            multiply_adds = multiply_adds + len(at) * width
+        compensation = gated.compensation.get(point)
+        if compensation is None:
+            added.append(torch.zeros_like(x, dtype=torch.float32))
+        else:
+            dropped = valid[..., None] & ~keep
+            added.append(_compensate(x, ids, router, dropped, compensation))
+            rank = compensation.u.shape[0]
+            multiply_adds = multiply_adds + 2 * rank * width * len(at) + rank * dropped.sum()
+        plan.charge(point, keep.sum(), multiply_adds / (3 * width * neurons), valid.sum() * sub_experts)
+    compensated = any(point in gated.compensation for point in plan.gated_rows)
+    return torch.cat(rows), torch.cat(keeps), torch.cat(added) if compensated else None
+
+
+def _compensate(
+    x: Tensor, expert_ids: Tensor, router_weights: Tensor, dropped: Tensor, compensation: CompensationWeights
+) -> Tensor:
+    """[M, H] float32: what the dropped cells [M, K, N] are expected to have added."""
+    experts, sub_experts, rank = compensation.c.shape
+    # Another rank's experts share an id here after the clamp; their cells are not among the dropped.
+    mass = torch.zeros(len(x), experts, sub_experts, device=x.device)
+    mass.scatter_add_(1, expert_ids[..., None].expand_as(dropped), dropped * router_weights[..., None])
+    inner = mass.flatten(1) @ compensation.c.view(experts * sub_experts, rank)
+    inner += torch.addmm(compensation.a[-1], x.float(), compensation.a[:-1])
+    return inner @ compensation.u
