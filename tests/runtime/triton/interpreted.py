@@ -38,7 +38,7 @@ def layers(draw):
     weights = ExpertWeights(
         w1=random(experts, sub_experts, 2 * neurons, hidden, scale=hidden**-0.5),
         w2=random(experts, sub_experts, neurons, hidden, scale=neurons**-0.5),
-        b1=random(experts, sub_experts, 2 * neurons) if biases else None,
+        b1=random(experts, sub_experts, 2 * neurons, scale=6.0) if biases else None,
         b2=random(experts, hidden) if biases else None,
         activation=draw(st.sampled_from([silu_and_multiply, clamped])),
     )
