@@ -4,12 +4,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from prism_api.manifest import MANIFEST_NAME, SIDECAR_NAME
 from prism_runtime.__main__ import main
@@ -18,35 +18,29 @@ from prism_runtime.engine.experts_hook import experts_modules, fused_projections
 from prism_runtime.refactor.artifact import ArtifactRefused, digest_of, digest_of_weights, open_artifact
 from prism_runtime.refactor.checkpoint import CheckpointRefused, permute_shard
 from prism_runtime.refactor.partition import invert
-from prism_runtime.refactor.recipe import RecipeRefused, refactor_model
+from prism_runtime.refactor.recipe import refactor_model
+from prism_runtime.refactor.request import RecipeRefused, RefactorRequest
+from tests.runtime.letters import write_source
 from tests.runtime.models import ARCHITECTURES, VOCABULARY, prompts, request, run, stock_greedy, tiny_model, tokens_of
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with a tokenizer of letters, and text for it."""
-    directory = tmp_path_factory.mktemp("source") / "tiny"
-    tiny_model("qwen3_moe").save_pretrained(directory)
-    vocabulary = {letter: i for i, letter in enumerate(LETTERS)}
-    letters = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token=" ").save_pretrained(directory)
-    generator = torch.Generator().manual_seed(0)
-    with (directory.parent / "text.jsonl").open("w") as file:
-        for i in range(24):
-            picks = torch.randint(0, len(LETTERS), (300,), generator=generator).tolist()
-            text = "".join(LETTERS[i] for i in picks)
-            file.write(json.dumps({"text": text, "domain": f"d{i % 2}", "licence": "none"}) + "\n")
-    return directory
+    return write_source(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
 def artifact(source: Path) -> Path:
     out = source.parent / "artifact"
-    refactor_model(source, source.parent / "text.jsonl", out, sub_experts=4)
+    refactor_model(letters(source), out)
     return out
+
+
+def letters(source: Path, **changed: Any) -> RefactorRequest:
+    """The request of the tests, for the text beside `source`."""
+    arguments: dict[str, Any] = {"calibration": source.parent / "text.jsonl", "policy": "sorted", "sub_experts": 4}
+    return RefactorRequest(source, **arguments | changed)
 
 
 @pytest.fixture
@@ -108,9 +102,8 @@ def test_model_with_dense_layers_is_partitioned_in_its_moe_layers_alone(source: 
     mixed = Path(shutil.copytree(source, tmp_path / "mixed"))
     stock = tiny_model("qwen3_moe", mlp_only_layers=[0])
     stock.save_pretrained(mixed)
-    manifest = refactor_model(
-        mixed, source.parent / "text.jsonl", tmp_path / "out", sub_experts=4, points_permille=[500]
-    )
+    text = source.parent / "text.jsonl"
+    manifest = refactor_model(letters(mixed, calibration=text, points_permille=(500,)), tmp_path / "out")
     assert manifest.shape.moe_layers == [1]
     engine = Engine.from_artifact(tmp_path / "out", max_context_tokens=64)
     (prompt,) = prompts([20])
@@ -248,7 +241,7 @@ def test_selection_mode_of_a_newer_version_is_refused(copy: Path) -> None:
 
 
 def test_same_source_and_text_give_the_same_bytes(source: Path, artifact: Path, tmp_path: Path) -> None:
-    refactor_model(source, source.parent / "text.jsonl", tmp_path / "again", sub_experts=4)
+    refactor_model(letters(source), tmp_path / "again")
     for path in artifact.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -259,7 +252,7 @@ def test_refactoring_that_fails_leaves_nothing_behind(source: Path, tmp_path: Pa
     tensors["model.layers.0.mlp.experts.0.up_proj.weight"] = torch.zeros(32, 48).to(torch.float8_e4m3fn)
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointRefused, match="quantised experts cannot be partitioned"):
-        refactor_model(broken, source.parent / "text.jsonl", tmp_path / "out", sub_experts=4)
+        refactor_model(letters(broken, calibration=source.parent / "text.jsonl"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
@@ -267,7 +260,7 @@ def test_folder_without_a_checkpoint_is_refused_before_anything_is_loaded(source
     with pytest.raises(
         RecipeRefused, match=r"has no config.json; MODEL must be the folder of a Hugging Face checkpoint"
     ):
-        refactor_model(tmp_path, source.parent / "text.jsonl", tmp_path / "out")
+        letters(tmp_path)
 
 
 def test_plain_text_alone_is_enough_if_it_is_long_and_refused_with_the_remedy_if_not(
@@ -275,16 +268,16 @@ def test_plain_text_alone_is_enough_if_it_is_long_and_refused_with_the_remedy_if
 ) -> None:
     book = tmp_path / "book.txt"
     book.write_text("it was a dark and stormy night.\n" * 800)
-    manifest = refactor_model(source, book, tmp_path / "out", sub_experts=4, points_permille=[500])
+    manifest = refactor_model(letters(source, calibration=book, points_permille=(500,)), tmp_path / "out")
     assert [text.name for text in manifest.calibration.texts] == ["book.txt#text"]
     book.write_text("it was a dark and stormy night.\n" * 80)
     with pytest.raises(RecipeRefused, match=r"has 1 documents, too few to hold one out .* or --evaluation FILE"):
-        refactor_model(source, book, tmp_path / "other")
+        refactor_model(letters(source, calibration=book), tmp_path / "other")
 
 
 def test_existing_output_is_never_overwritten(source: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeRefused, match="exists already; give a new directory"):
-        refactor_model(source, source.parent / "text.jsonl", tmp_path)
+        refactor_model(letters(source), tmp_path)
 
 
 def test_command_line_makes_and_measures_an_artifact(

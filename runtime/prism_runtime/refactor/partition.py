@@ -36,6 +36,16 @@ class Partition:
     energy: Tensor
     prior: Tensor
 
+    @classmethod
+    def of(cls, perm: Tensor, saliency: Saliency, sub_experts: int) -> "Partition":
+        """What a permutation [E, C] means for the saliency that was measured before it."""
+        order, grouped = perm.long(), (len(perm), sub_experts, -1)
+        return cls(
+            perm=perm.to(torch.int32),
+            energy=saliency.energy.gather(1, order).view(grouped).sum(-1),
+            prior=saliency.power.gather(1, order).view(grouped).sum(-1).sqrt(),
+        )
+
 
 def partition_by_energy(saliency: Saliency, sub_experts: int) -> Partition:
     """Neurons sorted by mean energy, highest first: every prefix is the static choice of its size that loses least.
@@ -44,13 +54,7 @@ def partition_by_energy(saliency: Saliency, sub_experts: int) -> Partition:
     embedded model the mean's order costs 1.3 times the KL at half budget. Energies add up as if the neurons' outputs
     were orthogonal. Ties keep the source's order, so equal inputs give equal bytes.
     """
-    perm = saliency.energy.argsort(dim=1, descending=True, stable=True)
-    grouped = (len(perm), sub_experts, -1)
-    return Partition(
-        perm=perm.to(torch.int32),
-        energy=saliency.energy.gather(1, perm).view(grouped).sum(-1),
-        prior=saliency.power.gather(1, perm).view(grouped).sum(-1).sqrt(),
-    )
+    return Partition.of(saliency.energy.argsort(dim=1, descending=True, stable=True), saliency, sub_experts)
 
 
 def rank_energy(saliency: Saliency, partition: Partition) -> Tensor:

@@ -21,7 +21,8 @@ from prism_runtime.refactor.partition import (
     partition_by_energy,
     rank_energy,
 )
-from prism_runtime.refactor.recipe import RecipeRefused, prefix_counts, strictly_rising
+from prism_runtime.refactor.recipe import prefix_counts, strictly_rising
+from prism_runtime.refactor.request import RecipeRefused
 from prism_runtime.refactor.text import Document, TextRefused, cut_sequences, hold_out, read_documents
 
 

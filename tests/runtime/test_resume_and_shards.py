@@ -1,0 +1,179 @@
+"""One artifact, byte for byte, however its making was stopped, restarted or divided."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from prism_runtime.__main__ import main
+from prism_runtime.refactor.recipe import merge_shards, refactor_model, run_shard
+from prism_runtime.refactor.request import REQUEST_NAME, RefactorRequest
+from prism_runtime.refactor.stages import Shard, WorkFolderRefused
+from tests.runtime.letters import write_source
+
+POLICY = "random"
+"""The policy with the most to go wrong: every expert draws random numbers."""
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> RefactorRequest:
+    source = write_source(tmp_path_factory.mktemp("source"))
+    return RefactorRequest(
+        source, source.parent / "text.jsonl", policy=POLICY, sub_experts=4, points_permille=(500,), seed=3
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(asked: RefactorRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files that one process writes in one go."""
+    out = tmp_path_factory.mktemp("expected") / "artifact"
+    refactor_model(asked, out)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["artifact"]
+    return content(out)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may clean up after it."""
+
+
+def kill_after(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill the run before its output number `outputs` gets its name."""
+    replace, left = os.replace, outputs
+
+    def replacing(source: Path, target: Path) -> None:
+        nonlocal left
+        if Path(target).suffix == ".safetensors":
+            if left == 0:
+                raise Killed
+            left -= 1
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replacing)
+
+
+@pytest.mark.parametrize("finished", [0, 1, 8, 17, 18])
+def test_a_run_killed_after_any_stage_resumes_to_the_same_bytes(
+    finished: int,
+    asked: RefactorRequest,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        kill_after(finished, patched)
+        with pytest.raises(Killed):
+            refactor_model(asked, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    kept = {path.name for path in (tmp_path / "out.work").glob("[!.]*.safetensors")}
+    assert len(kept) == finished
+    refactor_model(asked, tmp_path / "out", resume=True)
+    assert content(tmp_path / "out") == expected
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_a_resumed_run_calibrates_only_once(
+    asked: RefactorRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_shard(asked, tmp_path / "work", Shard(0, 2))
+    monkeypatch.setattr("prism_runtime.refactor.pipeline.calibrate", lambda *_: pytest.fail("calibrated again"))
+    run_shard(asked, tmp_path / "work", Shard(1, 2))
+
+
+def test_two_shards_in_one_folder_merge_to_the_bytes_of_one_process(
+    asked: RefactorRequest, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    done = [run_shard(asked, tmp_path / "work", Shard(index, 2)) for index in (1, 0)]
+    assert done == [8, 8]
+    merge_shards([tmp_path / "work"], tmp_path / "out")
+    assert content(tmp_path / "out") == expected
+
+
+def test_three_shards_in_a_folder_each_merge_to_the_bytes_of_one_process(
+    asked: RefactorRequest, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    works = [tmp_path / f"work-{index}" for index in range(3)]
+    for index, work in enumerate(works):
+        run_shard(asked, work, Shard(index, 3))
+    merge_shards(works, tmp_path / "out")
+    assert content(tmp_path / "out") == expected
+
+
+def test_a_missing_share_is_refused_by_name_and_no_artifact_appears(asked: RefactorRequest, tmp_path: Path) -> None:
+    run_shard(asked, tmp_path / "work", Shard(0, 2))
+    with pytest.raises(WorkFolderRefused, match=r"8 of 16 outputs are in none of '.*work': partition-1-0\..* and more"):
+        merge_shards([tmp_path / "work"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_share_counts_as_missing(asked: RefactorRequest, tmp_path: Path) -> None:
+    for index in (0, 1):
+        run_shard(asked, tmp_path / "work", Shard(index, 2))
+    (damaged,) = (tmp_path / "work").glob("partition-1-2.*")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(WorkFolderRefused, match=r"1 of 16 outputs .*: partition-1-2\."):
+        merge_shards([tmp_path / "work"], tmp_path / "out")
+
+
+def test_shards_of_different_runs_are_refused_with_the_difference(asked: RefactorRequest, tmp_path: Path) -> None:
+    run_shard(asked, tmp_path / "a", Shard(0, 2))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    changed = json.loads((tmp_path / "b" / REQUEST_NAME).read_text()) | {"seed": 4}
+    (tmp_path / "b" / REQUEST_NAME).write_text(json.dumps(changed))
+    with pytest.raises(WorkFolderRefused, match="are shards of different runs: seed is 3 there, 4 here"):
+        merge_shards([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
+
+def test_text_that_changed_since_the_shards_ran_makes_their_shares_missing(
+    asked: RefactorRequest, tmp_path: Path
+) -> None:
+    text = Path(shutil.copy(asked.calibration, tmp_path / "text.jsonl"))
+    request = RefactorRequest(asked.model, text, policy=POLICY, sub_experts=4)
+    run_shard(request, tmp_path / "work", Shard(0, 1))
+    text.write_text(text.read_text().replace("d1", "d2"))
+    with pytest.raises(WorkFolderRefused, match="16 of 16 outputs are in none of"):
+        merge_shards([tmp_path / "work"], tmp_path / "out")
+
+
+def test_a_work_folder_of_other_arguments_is_refused_and_kept(asked: RefactorRequest, tmp_path: Path) -> None:
+    run_shard(asked, tmp_path / "work", Shard(0, 2))
+    before = content(tmp_path / "work")
+    other = RefactorRequest(asked.model, asked.calibration, policy="sorted", sub_experts=4)
+    with pytest.raises(WorkFolderRefused, match=r"policy is random there, sorted here; .* Give another --work"):
+        refactor_model(other, tmp_path / "out", work=tmp_path / "work")
+    assert content(tmp_path / "work") == before
+
+
+def test_resume_without_anything_to_resume_is_refused(asked: RefactorRequest, tmp_path: Path) -> None:
+    with pytest.raises(WorkFolderRefused, match=f"has no {REQUEST_NAME}"):
+        refactor_model(asked, tmp_path / "out", resume=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line_shards_and_merges(
+    asked: RefactorRequest, expected: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, out = str(tmp_path / "work"), str(tmp_path / "out")
+    arguments = ["refactor", str(asked.model), "--calibration", str(asked.calibration), "--work", work]
+    arguments += ["--policy", POLICY, "--sub-experts", "4", "--points", "500", "--seed", "3"]
+    assert main([*arguments, "--shard", "0/2"]) == main([*arguments, "--shard", "1/2"]) == 0
+    assert main(["merge", work, "--out", out]) == 0
+    printed = capsys.readouterr()
+    assert f"shard 1 of 2: 8 experts are in '{work}'" in printed.out
+    assert "MiB of memory: model in float32 " in printed.err
+    assert content(tmp_path / "out") == expected
+
+
+def test_command_line_refuses_a_shard_without_a_folder_and_a_run_without_an_output(
+    asked: RefactorRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["refactor", str(asked.model), "--calibration", str(asked.calibration)]
+    assert main([*arguments, "--shard", "0/2"]) == main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert "give --work DIR" in errors
+    assert "give --out DIR" in errors
