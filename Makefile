@@ -51,6 +51,10 @@ test: install ## All tests, on a real local Kubernetes
 test-fast: install ## Tests that need no cluster
 	$(BIN)/python -m pytest tests/unit tests/property tests/sim tests/runtime $(ARGS)
 
+.PHONY: test-gpu
+test-gpu: install ## The kernels on a GPU; skipped where there is none
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
 .PHONY: lint
 lint: install ## Style, types, layer contracts, generated files, chart
 	$(BIN)/ruff check .

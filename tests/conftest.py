@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest_plugins = ["tests.localcluster.plugin", "tests.e2e.fixtures"]
 
 TESTS = Path(__file__).parent
-LEVELS = ("unit", "property", "sim", "runtime", "cluster", "e2e", "chaos")
+LEVELS = ("unit", "property", "sim", "runtime", "gpu", "cluster", "e2e", "chaos")
 """Cheapest first: a broken invariant is told before a cluster is started for it."""
 
 outcomes: dict[str, Counter[str]] = {level: Counter() for level in LEVELS}

@@ -1,7 +1,7 @@
 """The sub-expert layer on a GPU: routing tables, then the two programs of `triton_experts`.
 
-Graph-safe: shapes depend on the number of rows alone, nothing waits for the device, and the plan is read there, so a
-captured CUDA graph goes on to be right when budgets change.
+`run_kept` can be captured in a CUDA graph: its shapes depend on the number of rows alone and nothing waits for the
+device, so a graph goes on to be right when `keep` changes where it lies.
 """
 
 from dataclasses import dataclass
