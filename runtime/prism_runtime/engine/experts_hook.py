@@ -5,6 +5,7 @@ and selected: OLMoE, Qwen2-MoE, Qwen3-MoE, Mixtral, DeepSeek-V2, DeepSeek-V3 and
 function sees neither its layer nor the plan, so both are bound to the experts module when it is packed.
 """
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from prism_runtime.kernels.contract import REFERENCE, Activation, ExpertWeights, SubExpertKernel, load_kernel
+from prism_runtime.kernels.contract import (
+    REFERENCE,
+    Activation,
+    CompensationWeights,
+    ExpertWeights,
+    GatedLayer,
+    GateWeights,
+    SubExpertKernel,
+    load_kernel,
+)
 from prism_runtime.kernels.plan import PlanTensor
 
 IMPLEMENTATION = "prism"
@@ -39,11 +49,21 @@ class PackedLayer(nn.Module):
         self._layer = layer
         self._kernel = kernel
         self.plan: PlanTensor | None = None
+        self.gated: GatedLayer | None = None
+        self._residual_rms: Tensor | None = None
+
+    def see_residual(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of the block's norm, which runs right before the experts in the same forward."""
+        if self.plan is not None and self.plan.gated_rows:
+            self._residual_rms = residual_rms(inputs[0])
 
     def forward(self, hidden: Tensor, expert_ids: Tensor, router_weights: Tensor) -> Tensor:
         assert self.plan is not None, "bind_plan precedes every forward"
         weights = ExpertWeights(self.w1, self.w2, self.b1, self.b2, self._activation)
-        return self._kernel(hidden, expert_ids, router_weights, self._layer, self.plan, weights)
+        rms, self._residual_rms = self._residual_rms, None
+        return self._kernel(
+            hidden, expert_ids, router_weights, self._layer, self.plan, weights, self.gated, residual_rms=rms
+        )
 
 
 def experts_modules(model: PreTrainedModel) -> list[tuple[int, nn.Module]]:
@@ -141,6 +161,44 @@ def bind_plan(model: PreTrainedModel, plan: PlanTensor) -> None:
     for module in model.modules():
         if isinstance(module, PackedLayer):
             module.plan = plan
+
+
+def bind_gates(model: PreTrainedModel, layers: Sequence[GatedLayer]) -> None:
+    """Give every packed layer its gate and compensation, on the model's device.
+
+    A model without them pays nothing: only here is the residual watched, and only rows of gated points are measured.
+    Raises ValueError if there is not one gate a layer or one does not fit its layer's sub-experts.
+    """
+    packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    if len(packed) != len(layers):
+        raise ValueError(f"there are gates for {len(layers)} MoE layers, the model has {len(packed)}")
+    for index, (layer, gated, norm) in enumerate(zip(packed, layers, block_norms(model), strict=True)):
+        experts, sub_experts, _, hidden = layer.w1.shape
+        if gated.gate.weight.shape != (experts, sub_experts, hidden):
+            raise ValueError(
+                f"the gate of MoE layer {index} has shape {list(gated.gate.weight.shape)}, its sub-experts need "
+                f"{[experts, sub_experts, hidden]}"
+            )
+        layer.gated = _gated_on(gated, layer.w1.device)
+        norm.register_forward_pre_hook(layer.see_residual)
+
+
+def _gated_on(gated: GatedLayer, device: torch.device) -> GatedLayer:
+    gate = gated.gate
+    return GatedLayer(
+        GateWeights(
+            gate.weight.to(device),
+            gate.bias.to(device),
+            gate.mean.to(device),
+            gate.deviation.to(device),
+            None if gate.token is None else gate.token.to(device),
+            gate.kappa,
+        ),
+        {
+            point: CompensationWeights(one.a.to(device), one.u.to(device), one.c.to(device))
+            for point, one in gated.compensation.items()
+        },
+    )
 
 
 def _forward(module: Any, hidden: Tensor, expert_ids: Tensor, router_weights: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from prism_runtime.engine.cache import CacheRows, SlotCache
-from prism_runtime.engine.experts_hook import UnsupportedModel, bind_plan, experts_modules, pack
+from prism_runtime.engine.experts_hook import UnsupportedModel, bind_gates, bind_plan, experts_modules, pack
+from prism_runtime.kernels.contract import GatedLayer
 from prism_runtime.kernels.plan import PADDING, PlanTables, PlanTensor
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
@@ -41,11 +42,20 @@ def load_pretrained(directory: Path, dtype: torch.dtype = torch.float32) -> tupl
 class ElasticModel:
     """A packed mixture-of-experts model, its cache and its plan tensor.
 
-    `model` is packed in place and belongs to this object afterwards. Raises UnsupportedModel if it cannot be packed.
+    `model` is packed in place and belongs to this object afterwards. `gates` are needed if the tables have threshold or
+    batch points, one for each MoE layer. Raises UnsupportedModel if the model cannot be packed, ValueError if tables
+    or gates do not fit it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tables: PlanTables, *, classes: int, slots: int, max_context_tokens: int
+        self,
+        model: PreTrainedModel,
+        tables: PlanTables,
+        *,
+        classes: int,
+        slots: int,
+        max_context_tokens: int,
+        gates: Sequence[GatedLayer] = (),
     ) -> None:
         self.config = model.config.get_text_config()
         if unknown := set(getattr(self.config, "layer_types", None) or ()) - LAYER_TYPES:
@@ -56,6 +66,8 @@ class ElasticModel:
         layers = len(experts_modules(model))
         if tables.count.shape[1] != layers:
             raise ValueError(f"the plan has tables for {tables.count.shape[1]} MoE layers, the model has {layers}")
+        if tables.gated:
+            bind_gates(model, gates)
         self.model = model.eval()
         self.plan = PlanTensor(tables, classes, model.device)
         bind_plan(model, self.plan)
