@@ -22,7 +22,7 @@ NAME_RULE = {
     "fieldPath": ".metadata.name",
 }
 CRD_VERSION_ANNOTATION = "moeprism.io/crd-version"
-CRD_REVISION = "1"
+CRD_REVISION = "2"
 """Raised with every change of a schema; the operator refuses to start on an older one."""
 
 

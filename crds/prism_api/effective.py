@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from decimal import Decimal
 
-from prism_api.service import PrismServiceSpec, Switch
+from prism_api.service import ForecastMethod, PrismServiceSpec, Reserve, Switch
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,10 @@ class EffectiveSettings:
     headroom: float
     stabilization_up_s: int
     stabilization_down_s: int
+    reserve: Reserve = Reserve.MIXED
+    forecast: ForecastMethod = ForecastMethod.AUTO
+    forecast_horizon_s: int = 0
+    """0: the time until a new pod is ready, as measured."""
 
 
 def effective(spec: PrismServiceSpec) -> EffectiveSettings:
@@ -34,4 +38,7 @@ def effective(spec: PrismServiceSpec) -> EffectiveSettings:
         headroom=float(Decimal("0.10") if scaling.headroom is None else scaling.headroom),
         stabilization_up_s=chosen(scaling.behavior.scale_up.stabilization_window_seconds, 30),
         stabilization_down_s=chosen(scaling.behavior.scale_down.stabilization_window_seconds, 300),
+        reserve=scaling.reserve,
+        forecast=scaling.forecast.method,
+        forecast_horizon_s=scaling.forecast.horizon_seconds,
     )

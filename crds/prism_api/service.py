@@ -64,6 +64,11 @@ class Quality(Document):
         validate_default=True,
         description="Floor of the class's relative quality (lower 95 % bound); `1` never gives up any silently.",
     )
+    max_degraded_seconds_per_day: Annotated[int, Field(ge=0, le=86_400)] = Field(
+        86_400,
+        description="Error budget of quality: seconds a day that the class may run below `budget.max`. Once spent, it "
+        "stays there until a twentieth is back; 86400 is no limit.",
+    )
 
 
 class Overload(StrEnum):
@@ -100,6 +105,11 @@ class BudgetControl(StrEnum):
 class Switch(StrEnum):
     ENABLED = "Enabled"
     DISABLED = "Disabled"
+
+
+class Brownout(StrEnum):
+    LOWEST_PRIORITY_FIRST = "LowestPriorityFirst"
+    MARGINAL_QUALITY = "MarginalQuality"
 
 
 class Dwell(Document):
@@ -144,6 +154,12 @@ class Budget(Document):
     bridge_scale_up: Switch | None = Field(
         None, description="Lower the budget while ordered replicas start; `Enabled` if not set."
     )
+    brownout: Brownout = Field(
+        Brownout.LOWEST_PRIORITY_FIRST,
+        validate_default=True,
+        description="Which class sinks first: `LowestPriorityFirst`, each to its floor before the next moves, or "
+        "`MarginalQuality`, the step that gives up the least quality for the capacity it gains.",
+    )
 
 
 class ScalingControl(StrEnum):
@@ -165,6 +181,81 @@ class Behavior(Document):
     scale_down: Stabilization = block(Stabilization, "Scaling down.")
 
 
+class Reserve(StrEnum):
+    MIXED = "Mixed"
+    QUALITY = "Quality"
+    REPLICAS = "Replicas"
+
+
+class ForecastMethod(StrEnum):
+    AUTO = "Auto"
+    OFF = "Off"
+    HOLT = "Holt"
+    HOLT_WINTERS = "HoltWinters"
+
+
+class Forecast(Document):
+    method: ForecastMethod = Field(
+        ForecastMethod.AUTO,
+        validate_default=True,
+        description="`Auto` takes what erred least of late: the rate now, a trend (`Holt`) or the hour of the day "
+        "(`HoltWinters`). `Off` plans for the rate now.",
+    )
+    horizon_seconds: Annotated[int, Field(ge=0, le=3600)] = Field(
+        0, description="How far ahead; 0 is the measured time until a new pod is ready."
+    )
+
+
+class Idle(Document):
+    scale_to_zero: Switch = Field(
+        Switch.DISABLED,
+        validate_default=True,
+        description="Remove the last replica of an idle service; needs minReplicas 0. The annotation "
+        "`moeprism.io/wake` (a new RFC 3339 time) or a schedule brings it back; requests do not.",
+    )
+    after_seconds: Annotated[int, Field(ge=60, le=86_400)] = Field(
+        900, description="How long without a request before a service is idle."
+    )
+
+
+ClockTime = Annotated[str, Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$", max_length=5)]
+Day = Annotated[Literal["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], Field(description="A day of the week.")]
+
+
+class Schedule(Document):
+    """Bounds of the replica count by time of day."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "self.start < self.end",
+                "start must be before end; write a span over midnight as two schedules",
+                ".start",
+            ),
+            (
+                "!has(self.minReplicas) || !has(self.maxReplicas) || self.minReplicas <= self.maxReplicas",
+                "minReplicas must be less than or equal to maxReplicas; raise maxReplicas or lower minReplicas",
+                ".minReplicas",
+            ),
+        )
+    )
+    name: Name = Field(description="Name of the schedule.")
+    time_zone: Annotated[str, Field(min_length=1, max_length=64)] = Field(
+        "UTC", description="Time zone of `start` and `end`, as in the IANA database: `Europe/Berlin`."
+    )
+    days: Annotated[list[Day], Field(max_length=7)] = Field(
+        default_factory=list, description="Days on which it applies; every day if empty."
+    )
+    start: ClockTime = Field(description="First minute, HH:MM. Replicas are ordered so early that they are ready.")
+    end: ClockTime = Field(description="First minute after it, HH:MM; at most `23:59`.")
+    min_replicas: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        None, description="Takes the place of scaling.minReplicas."
+    )
+    max_replicas: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="Takes the place of scaling.maxReplicas."
+    )
+
+
 class Scaling(Document):
     """The slow knob: who owns the replica count, and its bounds."""
 
@@ -174,7 +265,12 @@ class Scaling(Document):
                 "!has(self.maxReplicas) || self.minReplicas <= self.maxReplicas",
                 "minReplicas must be less than or equal to maxReplicas; raise maxReplicas or lower minReplicas",
                 ".minReplicas",
-            )
+            ),
+            (
+                "self.idle.scaleToZero == 'Enabled' || self.minReplicas > 0",
+                "minReplicas must be greater than 0 unless idle.scaleToZero is 'Enabled'",
+                ".minReplicas",
+            ),
         )
     )
     control: ScalingControl = Field(
@@ -183,7 +279,9 @@ class Scaling(Document):
         description="`Managed`: the operator decides. `External`: HPA, KEDA or a user through /scale. "
         "`Fixed`: as written.",
     )
-    min_replicas: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="Lower bound of replicas.")
+    min_replicas: Annotated[int, Field(ge=0, le=1000)] = Field(
+        1, description="Lower bound of replicas; 0 needs idle.scaleToZero, and even then a busy service keeps one."
+    )
     max_replicas: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None, description="Upper bound of replicas; required when Managed."
     )
@@ -193,12 +291,50 @@ class Scaling(Document):
     headroom: Headroom | None = Field(
         None, description="Share of capacity kept above the planned demand, a decimal up to 2; `0.10` if not set."
     )
+    reserve: Reserve = Field(
+        Reserve.MIXED,
+        validate_default=True,
+        description="In what coin `headroom` is held: `Replicas` as idle pods, `Quality` as room that the budget can "
+        "make, `Mixed` half and half.",
+    )
+    forecast: Forecast = block(Forecast, "Planning for the load at the time when new replicas are ready.")
     behavior: Behavior = block(Behavior, "Stabilization windows.")
+    idle: Idle = block(Idle, "Scale to zero.")
+    schedules: list[Schedule] = named_list(
+        "Bounds by time of day; of several that apply the first one counts.", default_factory=list, max_length=16
+    )
+
+
+class OnCap(StrEnum):
+    DEGRADE_THEN_SHED = "DegradeThenShed"
+    SHED = "Shed"
+    ALERT = "Alert"
 
 
 class Cost(Document):
+    """What the replicas may cost."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.targetPerHour) || !has(self.maxPerHour) || "
+                "quantity(self.targetPerHour).compareTo(quantity(self.maxPerHour)) <= 0",
+                "targetPerHour must be less than or equal to maxPerHour",
+                ".targetPerHour",
+            )
+        )
+    )
     max_per_hour: Money | None = Field(
-        None, description="Hard cap on replicas x pricePerHour, in the fleet's currency."
+        None, description="Cap on replicas x pricePerHour, in the fleet's currency; hard unless onCap is `Alert`."
+    )
+    target_per_hour: Money | None = Field(
+        None, description="Above this cost a lower budget is preferred to more replicas, as far as the floors allow."
+    )
+    on_cap: OnCap = Field(
+        OnCap.DEGRADE_THEN_SHED,
+        validate_default=True,
+        description="When the cap keeps replicas from being added: `DegradeThenShed` lowers the budget first, `Shed` "
+        "keeps quality and turns requests away (classes with overload `Shed`), `Alert` exceeds the cap and says so.",
     )
 
 
@@ -344,6 +480,9 @@ class ClassStatus(Document):
         None, description="Time per output token at the attainment target's quantile."
     )
     relative_quality: Ratio | None = Field(None, description="Token-weighted relative quality in the window.")
+    degraded_seconds_left: Annotated[int, Field(ge=0, le=86_400)] | None = Field(
+        None, description="What is left of quality.maxDegradedSecondsPerDay; absent without such a limit."
+    )
 
 
 class CostStatus(Document):

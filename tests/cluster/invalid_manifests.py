@@ -270,7 +270,13 @@ CREATIONS = (
         "a lower bound of zero",
         {"spec.scaling.minReplicas": 0},
         "spec.scaling.minReplicas",
-        "should be greater than or equal to 1",
+        "minReplicas must be greater than 0 unless idle.scaleToZero is 'Enabled'",
+    ),
+    _service(
+        "a schedule over midnight",
+        {"spec.scaling.schedules": [{"name": "night", "start": "22:00", "end": "06:00", "minReplicas": 1}]},
+        "spec.scaling.schedules[0].start",
+        "start must be before end; write a span over midnight as two schedules",
     ),
     _service(
         "more headroom than twice the demand",
@@ -285,6 +291,12 @@ CREATIONS = (
         "should be less than or equal to 64",
     ),
     # cost
+    _service(
+        "a cost target above the cap",
+        {"spec.cost": {"maxPerHour": "10", "targetPerHour": "11"}},
+        "spec.cost.targetPerHour",
+        "targetPerHour must be less than or equal to maxPerHour",
+    ),
     _service("a negative cost cap", {"spec.cost.maxPerHour": "-1"}, "spec.cost.maxPerHour", "should match '^[0-9]"),
     _service(
         "a cost cap without quotes", {"spec.cost.maxPerHour": 10}, "spec.cost.maxPerHour", "must be of type string"

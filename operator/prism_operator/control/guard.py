@@ -9,7 +9,7 @@ from decimal import Decimal
 from prism_api.control import Directive, Fence
 from prism_api.model import PrismModelSpec
 from prism_api.points import Ladder
-from prism_api.service import BudgetControl, PrismServiceSpec, ScalingControl, ServiceClass
+from prism_api.service import BudgetControl, OnCap, PrismServiceSpec, ScalingControl, ServiceClass, Switch
 
 
 def directive_violation(
@@ -51,18 +51,27 @@ def directive_violation(
 
 
 def replicas_violation(replicas: int, spec: PrismServiceSpec) -> str | None:
-    """Why this count must not be ordered; None if it may."""
+    """Why this count must not be ordered; None if it may.
+
+    Knows no time of day: of a managed service's schedules the widest bounds count.
+    """
     scaling = spec.scaling
-    if replicas < 1:
+    may_sleep = scaling.idle.scale_to_zero is Switch.ENABLED
+    if replicas < (0 if may_sleep else 1):
         return f"{replicas} replicas serve nobody"
     if scaling.control is not ScalingControl.MANAGED:
         wanted = spec.replicas
         return None if replicas == wanted else f"{replicas} replicas, but the owner of /scale asks for {wanted}"
-    if replicas < scaling.min_replicas:
-        return f"{replicas} replicas are below `scaling.minReplicas` {scaling.min_replicas}"
-    if scaling.max_replicas is not None and replicas > scaling.max_replicas:
-        return f"{replicas} replicas are above `scaling.maxReplicas` {scaling.max_replicas}"
+    least = min([scaling.min_replicas, *(s.min_replicas for s in scaling.schedules if s.min_replicas is not None)])
+    if replicas < least:
+        return f"{replicas} replicas are below `scaling.minReplicas` {least}"
+    bounds = [s.max_replicas for s in scaling.schedules if s.max_replicas is not None]
+    most = None if scaling.max_replicas is None else max([scaling.max_replicas, *bounds])
+    if most is not None and replicas > most:
+        return f"{replicas} replicas are above `scaling.maxReplicas` {most}"
     price, cap = spec.pool.price_per_hour, spec.cost.max_per_hour
+    if spec.cost.on_cap is OnCap.ALERT:
+        return None
     if cap is not None and price is not None and Decimal(replicas) * price > cap:
         return f"{replicas} replicas cost {Decimal(replicas) * price} an hour, above `cost.maxPerHour` {cap}"
     return None

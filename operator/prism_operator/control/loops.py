@@ -50,7 +50,7 @@ class Loops:
         self._loops: dict[ServiceKey, tuple[ServiceLoop, asyncio.Task[None]]] = {}
 
     def ensure(self, service: ServiceWorld) -> None:
-        """Run the service's loops; a new spec makes the slow loop decide at its next tick."""
+        """Run the service's loops; a new spec, or a wish to be woken, makes the slow loop decide at its next tick."""
         known = self._loops.get(service.key)
         if known is not None and known[0].service is service and not known[1].done():
             known[0].spec_may_have_changed()
@@ -77,12 +77,13 @@ class ServiceLoop:
         self.service, self._ports, self._clock = service, ports, clock
         self._regarding = Regarding(*service.key, service.uid)
         self._slow_due_s = float("-inf")
-        self._generation = service.generation
+        self._asked = (service.generation, service.woken_unix_s)
         self._last_tick_s: float | None = None
 
     def spec_may_have_changed(self) -> None:
-        if self.service.generation != self._generation:
-            self._generation = self.service.generation
+        asked = (self.service.generation, self.service.woken_unix_s)
+        if asked != self._asked:
+            self._asked = asked
             self._slow_due_s = float("-inf")
 
     async def run(self) -> None:

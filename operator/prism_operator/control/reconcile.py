@@ -17,6 +17,7 @@ from prism_operator import metrics
 from prism_operator.control import guard
 from prism_operator.control.certificates import Certificates, NotOurs
 from prism_operator.control.events import Events, Regarding
+from prism_operator.control.informer import unix_seconds
 from prism_operator.control.kube import Forbidden, Kube, KubeError, NotFound
 from prism_operator.control.leadership import Leadership
 from prism_operator.control.loops import Loops
@@ -42,6 +43,8 @@ RESYNC_S = 600.0
 FORBIDDEN_BACKOFF_S = 60.0
 NOT_OURS_BACKOFF_S = 60.0
 SYNC_TIMEOUT_S = 5.0
+WAKE_ANNOTATION = "moeprism.io/wake"
+"""A new RFC 3339 time here brings a service back that sleeps at zero replicas."""
 PRUNED = (NETWORK_POLICIES, POD_DISRUPTION_BUDGETS)
 """Children that a spec may switch off."""
 
@@ -146,6 +149,7 @@ class Reconciler:
         """Take over the spec if it can be planned. One that cannot changes a condition and nothing else: a service that
         runs keeps the last accepted spec, its loops and its children."""
         service.generation = obj["metadata"].get("generation", 0)
+        service.woken_unix_s = _wake_time(obj)
         if service.policy is None:
             service.status = obj.get("status") or {}
             service.decisions = _decisions(service.status)
@@ -188,11 +192,11 @@ class Reconciler:
             service.desired_replicas = usable.spec_replicas
         elif service.desired_replicas is None:
             deployment = service.deployment
-            service.desired_replicas = deployment.replicas if deployment else usable.min_replicas
+            service.desired_replicas = deployment.replicas if deployment else max(1, usable.min_replicas)
         assert service.desired_replicas is not None, "External and Fixed services carry spec.replicas by CEL"
         violation = guard.replicas_violation(service.desired_replicas, service.spec)
         if violation and service.deployment is None:
-            service.desired_replicas = usable.min_replicas
+            service.desired_replicas = max(1, usable.min_replicas)
         elif violation:
             logger.info("%s/%s: until the next decision: %s", *service.key, violation)
 
@@ -298,6 +302,18 @@ def _missing_right(refused: Forbidden) -> str:
 
 def _model_name(service: ServiceWorld) -> str | None:
     return service.spec.model_ref.name if service.spec else None
+
+
+def _wake_time(obj: Object) -> float | None:
+    """Seconds since the Unix epoch; a time that cannot be read wakes nobody."""
+    text = (obj["metadata"].get("annotations") or {}).get(WAKE_ANNOTATION)
+    if text is None:
+        return None
+    try:
+        return unix_seconds(text)
+    except (TypeError, ValueError):
+        logger.info("annotation '%s' is no RFC 3339 time and is ignored", WAKE_ANNOTATION)
+        return None
 
 
 def _decisions(status: Object) -> list[Decision]:

@@ -87,6 +87,8 @@ class ServiceWorld:
     """Newest first; the first ones are those of the status that was found."""
     switched_unix_s: float | None = None
     """When an operating point was last changed by this process."""
+    woken_unix_s: float | None = None
+    """When somebody last asked for the service while it slept at zero replicas."""
     problems: dict[str, Unusable] = field(default_factory=dict)
     """Failed conditions found while reconciling, by condition type."""
     highest_epoch_held: int = 0
@@ -169,16 +171,25 @@ class ServiceWorld:
     def observe(self, now_s: float) -> Observation:
         """The planner's view; counters' growth is handed over once."""
         grown, self._grown = self._grown, {}
-        offset_s = now_s - self.unix_clock()
+        unix_s = self.unix_clock()
+        offset_s = now_s - unix_s
         record = self.deployment
         return Observation(
             now_s=now_s,
             pods=tuple(self._view(pod, now_s, offset_s) for _, pod in sorted(self.pods.items())),
             classes=grown,
-            ordered_replicas=None if record is None else self.desired_replicas or record.replicas,
+            ordered_replicas=self._ordered(),
             rollout=record.rolling_out if record else False,
             pod_ready_times_s=tuple(self._ready_times_s),
+            unix_s=unix_s,
+            woken_s=None if self.woken_unix_s is None else self.woken_unix_s + offset_s,
         )
+
+    def _ordered(self) -> int | None:
+        """None while there is no Deployment; what it is about to be told counts before what it was told."""
+        if self.deployment is None:
+            return None
+        return self.deployment.replicas if self.desired_replicas is None else self.desired_replicas
 
     def _see_answer(self, pod: PodState, answer: Answer) -> None:
         report = answer.report

@@ -138,6 +138,8 @@ def _ready(view: View, facts: Mapping[str, Fact]) -> Fact:
     assert isinstance(view.policy, ServicePolicy) or view.problems, "Accepted and resolved specs have a policy"
     ready = 0 if view.observation is None else len(view.observation.ready)
     wanted = _wanted(view)
+    if wanted == 0:
+        return Fact("Ready", "True", "ScaledToZero", "Sleeps at zero replicas until it is woken.")
     if ready >= wanted:
         return Fact("Ready", "True", "AllReplicasServing", f"At least {wanted} replicas serve.")
     text = (
@@ -147,9 +149,14 @@ def _ready(view: View, facts: Mapping[str, Fact]) -> Fact:
 
 
 def _wanted(view: View) -> int:
-    """Replicas without which a service is not ready: the minimum, or what the owner of the count asks for."""
+    """Replicas without which a service is not ready: the minimum, or what the owner of the count asks for.
+
+    One that may sleep needs none while it does, and one while it does not.
+    """
     if not isinstance(view.policy, ServicePolicy):
         return 1
+    if view.policy.idle_after_s is not None and view.desired_replicas == 0:
+        return 0
     return max(1, view.policy.spec_replicas or view.policy.min_replicas)
 
 
@@ -222,6 +229,8 @@ def _scaling_limited(view: View, policy: ServicePolicy) -> Fact:
     cures = {
         Reason.MAX_REPLICAS: "Demand asks for more than `scaling.maxReplicas`; raise it, or accept a lower budget.",
         Reason.COST_CAP: "Demand asks for more than `cost.maxPerHour` pays for; raise it, or accept a lower budget.",
+        Reason.FLEET_QUOTA: "Demand asks for more than the fleet's arbitration grants; the budget makes up for it.",
+        Reason.SCHEDULE: "Demand asks for more than the schedule in force allows; the budget makes up for it.",
         Reason.STEP_CAP: "One decision adds at most `scaling.maxStep` replicas; the rest follows.",
     }
     return Fact(kind, "True", plan.limited_by.value, cures[plan.limited_by])

@@ -4,7 +4,16 @@ from prism_api import FULL
 from prism_api.effective import effective
 from prism_api.model import PrismModelSpec
 from prism_api.points import Ladder
-from prism_api.service import BudgetControl, Mode, Overload, PrismServiceSpec, ScalingControl, ServiceClass
+from prism_api.service import (
+    BudgetControl,
+    Mode,
+    Overload,
+    PrismServiceSpec,
+    ScalingControl,
+    ServiceClass,
+    Switch,
+)
+from prism_operator.plan import schedule
 from prism_operator.plan.types import ClassPolicy, LoopSettings, ServicePolicy, Unusable
 
 _DEFAULT_LOOP = LoopSettings()
@@ -33,6 +42,7 @@ def resolve(
         _unknown_point(spec, ladder)
         or _unreachable_floor(spec, ladder)
         or _missing_price(spec)
+        or _unknown_zone(spec)
         or _policy(spec, model, ladder, loop)
     )
 
@@ -82,15 +92,17 @@ def _unreachable_floor(spec: PrismServiceSpec, ladder: Ladder) -> Unusable | Non
 
 def _missing_price(spec: PrismServiceSpec) -> Unusable | None:
     cap, pool = spec.cost.max_per_hour, spec.pool
+    for field, asked in (("cost.maxPerHour", cap), ("cost.targetPerHour", spec.cost.target_per_hour)):
+        if asked is not None and pool.price_per_hour is None:
+            return Unusable(
+                "Accepted",
+                "PriceUnknown",
+                f"`{field}` is {asked}, but pool '{pool.name}' has no price. "
+                f"Set `pools[{pool.name}].pricePerHour`, or remove `{field}`.",
+            )
     if cap is None:
         return None
-    if pool.price_per_hour is None:
-        return Unusable(
-            "Accepted",
-            "PriceUnknown",
-            f"`cost.maxPerHour` is {cap}, but pool '{pool.name}' has no price. "
-            f"Set `pools[{pool.name}].pricePerHour`, or remove the cap.",
-        )
+    assert pool.price_per_hour is not None, "a cap without a price was refused above"
     if pool.price_per_hour * spec.scaling.min_replicas > cap:
         return Unusable(
             "Accepted",
@@ -98,6 +110,18 @@ def _missing_price(spec: PrismServiceSpec) -> Unusable | None:
             f"`scaling.minReplicas` {spec.scaling.min_replicas} at {pool.price_per_hour} an hour each costs more than "
             f"`cost.maxPerHour` {cap}. Raise the cap or lower `scaling.minReplicas`.",
         )
+    return None
+
+
+def _unknown_zone(spec: PrismServiceSpec) -> Unusable | None:
+    for one in spec.scaling.schedules:
+        if schedule.zone(one.time_zone) is None:
+            return Unusable(
+                "Accepted",
+                "UnknownTimeZone",
+                f"`scaling.schedules[{one.name}].timeZone` is '{one.time_zone}', which the operator's time zone "
+                "database does not have. Use an IANA name such as 'Europe/Berlin', or 'UTC'.",
+            )
     return None
 
 
@@ -113,6 +137,7 @@ def _policy(spec: PrismServiceSpec, model: PrismModelSpec, ladder: Ladder, loop:
             window_s=service_class.window_seconds,
             sheds=service_class.overload is Overload.SHED,
             floor=_floor(service_class, spec, ladder),
+            degraded_s_per_day=_limit(service_class.quality.max_degraded_seconds_per_day),
         )
         for service_class in spec.classes
     )
@@ -135,7 +160,17 @@ def _policy(spec: PrismServiceSpec, model: PrismModelSpec, ladder: Ladder, loop:
         max_per_hour=spec.cost.max_per_hour,
         effective=effective(spec),
         loop=loop,
+        brownout=budget.brownout,
+        target_per_hour=spec.cost.target_per_hour,
+        on_cap=spec.cost.on_cap,
+        idle_after_s=scaling.idle.after_seconds if scaling.idle.scale_to_zero is Switch.ENABLED else None,
+        schedules=tuple(scaling.schedules),
     )
+
+
+def _limit(degraded_s_per_day: int) -> int | None:
+    """A limit that can be reached; the whole day is none."""
+    return degraded_s_per_day if degraded_s_per_day < schedule.DAY_S else None
 
 
 def _seconds(milliseconds: int | None) -> float | None:

@@ -1,184 +1,84 @@
-"""The slow decision: how many replicas to order.
+"""The slow decision: how many replicas to order. What the load asks for stands in `plan.need`.
 
-    ask      max(ceil((1 + h/2) * need(top)), ceil((1 + h) * need(floor)))      h = headroom, reserve half in pods
-    keep     ceil((1 + h) * need(top)) of the mean load                         the N/(N-1) test on the way down
     up       least ask of the up window, if above what is ordered; of twice the window while the knob holds the load
     down     largest keep of the down window, if below; one pod at a time, never before the window is full
 
-`need(point)` is the real number of replicas that hold the offered load with every class at that point. Planning at the
-top keeps quality; the second term of `ask` makes the floors hold a reserve, so that the budget can bridge. A pod that
-is ordered runs for the down window at least, so a burst that ready pods hold at lower points may first show that it
-lasts: an order is late by one window then, and no objective is missed for it.
+A pod that is ordered runs for the down window at least, so a burst that ready pods hold at lower points may first show
+that it lasts: an order is late by one window then, and no objective is missed for it.
 
 Pods that are ordered and still start are part of what is ordered, so nothing is asked for twice; while some start, only
 a higher ask than the one they answer adds more. A pod that starts for too long is reported and no longer waited for. It
 is not replaced by ordering one more: a replica of the same template would most likely fail alike, up to the maximum.
+
+Each count is cut, in this order, by the schedule's or the spec's bounds, the cost cap, the fleet's grant, and the step
+cap; what cut is named. A service that may be put to zero is, once it was idle for long enough, and sleeps until it is
+woken or a schedule asks for it.
 """
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from prism_api.profile import Profile
-from prism_api.service import BudgetControl, ScalingControl
-from prism_operator.plan import capacity, demand
-from prism_operator.plan.capacity import ClassLoad
+from prism_api.service import ScalingControl
+from prism_operator.plan import demand, need, rehearsal, schedule
+from prism_operator.plan.limits import Limits, limits
+from prism_operator.plan.need import Ask
+from prism_operator.plan.starts import expected_ready_s, stuck_pods
 from prism_operator.plan.types import (
     DemandState,
     Observation,
     PodView,
     Reason,
     Recommendation,
+    Rehearsal,
     ReplicaPlan,
     ReplicaState,
     ServicePolicy,
     Status,
 )
 
-EWMA_WEIGHT = 0.3
-"""Weight of the newest pod-ready time in the expectation."""
-REMEMBERED_STARTS = 10
 PATIENCE = 2
 """Up windows that an ask must last through while ready pods hold the load at the floors."""
-_ROUNDING = 1e-9
-"""Keeps a need of exactly n replicas from asking for n + 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Ask:
-    """One tick's recommendation. None: unknown, and then `reason` and `message` say what is missing."""
-
-    up: int | None
-    down: int | None
-    reason: Reason
-    message: str
-    bridged: bool = False
-    """Whether the ready pods hold the load once every class is at its floor, and may be sent there."""
+MOST_RECOMMENDED = 1000
+"""Where a recommendation is cut off: an objective out of reach asks for any number."""
 
 
 def decide(
     observation: Observation, demand_state: DemandState, policy: ServicePolicy, state: ReplicaState
 ) -> tuple[ReplicaPlan, ReplicaState]:
-    """Decide one slow tick. A managed count stays within [min, max] and the cost cap, whatever was ordered before.
+    """Decide one slow tick. A managed count stays within all limits, whatever was ordered before.
 
     Counts that others own are passed on as they are; a cap that they exceed is a matter of the status.
     """
-    ask = _ask(observation, demand_state, policy)
+    ready_s = expected_ready_s(observation, policy)
+    bounds = schedule.bounds_at(policy, observation.unix_s, ready_s)
+    policy = bounds.policy
+    state = replace(
+        state,
+        forecasts=need.learn(state.forecasts, observation, demand_state, policy, ready_s),
+        idle_since_s=_idle_since_s(observation, demand_state, policy, state),
+        rehearsal=rehearsal.current(observation, state.rehearsal),
+    )
+    ask = need.ask(observation, demand_state, policy, state.forecasts, ready_s)
     state = _remember(observation.now_s, ask, policy, state)
-    stuck = stuck_pods(observation, policy)
-    plan = _owned_elsewhere(observation, policy, ask) or _outside_bounds(observation, policy, ask)
+    tick = _Tick(
+        observation=observation,
+        demand=demand_state,
+        policy=policy,
+        limits=limits(bounds, asleep=_may_sleep(observation, policy, state)),
+        ask=ask,
+        ready_s=ready_s,
+        stuck=stuck_pods(observation, policy),
+    )
+    plan = _owned_elsewhere(tick) or _outside_limits(tick)
     if plan is None:
-        plan, state = _managed(observation, demand_state, policy, state, ask, stuck)
-    return replace(plan, stuck_pods=tuple(pod.name for pod in stuck)), state
+        plan, state = _managed(tick, state)
+    elif policy.scaling is not ScalingControl.MANAGED:
+        state = replace(state, rehearsal=None)
+    away = (state.rehearsal.uid,) if state.rehearsal is not None else ()
+    return replace(plan, stuck_pods=tuple(pod.name for pod in tick.stuck), out_of_traffic=away), state
 
 
-def expected_ready_s(observation: Observation, policy: ServicePolicy) -> float:
-    """Creation-to-Ready time to expect of a new pod: moving average of the measured ones."""
-    times = observation.pod_ready_times_s
-    if not times:
-        return policy.loop.pod_ready_s
-    expected = times[0]
-    for measured in times[1:]:
-        expected += EWMA_WEIGHT * (measured - expected)
-    return expected
-
-
-def stuck_pods(observation: Observation, policy: ServicePolicy) -> tuple[PodView, ...]:
-    """Pods that start for longer than `stuck_factor` times the longest of the last starts."""
-    slowest = max(observation.pod_ready_times_s[-REMEMBERED_STARTS:], default=policy.loop.pod_ready_s)
-    limit_s = policy.loop.stuck_factor * slowest
-    return tuple(
-        pod
-        for pod in observation.starting
-        if observation.now_s - max(pod.created_s, pod.ready_s or pod.created_s) > limit_s
-    )
-
-
-def _ask(observation: Observation, state: DemandState, policy: ServicePolicy) -> _Ask:
-    ready = observation.ready
-    if not ready:
-        return _Ask(None, None, Reason.IN_FLIGHT, "no pod is ready yet, so there is no load to plan for")
-    if len(observation.fresh) < len(ready) / 2:
-        text = f"only {len(observation.fresh)} of {len(ready)} ready pods reported freshly"
-        return _Ask(None, None, Reason.SIGNALS_STALE, text)
-    peak: list[ClassLoad] = []
-    mean: list[ClassLoad] = []
-    for class_policy in policy.classes:
-        short = demand.short_rate(state, class_policy.name, policy)
-        long = demand.long_rate(state, class_policy.name, policy)
-        if short is None or long is None:
-            return _Ask(None, None, Reason.SIGNALS_STALE, f"the load of class '{class_policy.name}' is unknown")
-        if max(short.per_s, long.per_s) == 0:
-            continue
-        lengths = demand.mean_lengths(state, class_policy.name)
-        if lengths is None:
-            text = f"no request of class '{class_policy.name}' has finished yet, so the cost of one is unknown"
-            return _Ask(None, None, Reason.STABILIZING, text)
-        # Up follows the burst, for the up window takes the least ask; down follows the mean, for it takes the largest.
-        peak.append(ClassLoad(class_policy, max(short.per_s, long.per_s), lengths))
-        mean.append(ClassLoad(class_policy, long.per_s, lengths))
-    profile = observation.profile and capacity.scaled(observation.profile, state.cost_factor)
-    return _from_profile(profile, policy, peak, mean, len(ready)) or _from_saturation(observation, state, policy)
-
-
-def _from_profile(
-    profile: Profile | None, policy: ServicePolicy, peak: list[ClassLoad], mean: list[ClassLoad], ready: int
-) -> _Ask | None:
-    offered = sum(load.per_s for load in peak)
-    if not peak:
-        return _Ask(0, 0, Reason.DEMAND, "no load in fresh reports")
-    if profile is None:
-        return None
-    floors = {class_policy.name: class_policy.floor for class_policy in policy.classes}
-    tops = dict.fromkeys(floors, policy.max_point)
-    top = capacity.replicas_for(peak, tops, profile)
-    bottom = capacity.replicas_for(peak, floors, profile)
-    kept = capacity.replicas_for(mean, tops, profile)
-    if top is None or bottom is None or kept is None:
-        return None
-    headroom = policy.effective.headroom
-    up = max(_ceil((1 + headroom / 2) * top), _ceil((1 + headroom) * bottom))
-    bridged = policy.budget is BudgetControl.AUTO and _ceil(bottom) <= ready
-    text = (
-        f"offered {offered:.2f}/s needs {top:.2f} replicas at '{policy.max_point}' and {bottom:.2f} at the floors, "
-        f"plus headroom {headroom:.2f}"
-    )
-    return _Ask(up, _ceil((1 + headroom) * kept), Reason.DEMAND, text, bridged)
-
-
-def _from_saturation(observation: Observation, state: DemandState, policy: ServicePolicy) -> _Ask:
-    """Without a profile: proportional law on measured saturation, with credit for pods that start.
-
-    Source: the KEDA law of the llm-d workload autoscaling guide; n provisioned, c = ready/n, target 0.55, band to 0.40.
-    """
-    ready = len(observation.ready)
-    provisioned = max(ready, observation.ordered_replicas or ready)
-    worst: float | None = None
-    for class_policy in policy.classes:
-        seen = demand.window(state, class_policy.name, policy.loop.long_window_s)
-        for histogram, objective_s in ((seen.ttft, class_policy.ttft_s), (seen.tpot, class_policy.tpot_s)):
-            latency_s = demand.latency_quantile_s(histogram, class_policy.attainment_target)
-            if latency_s is not None and objective_s is not None:
-                worst = max(worst or 0.0, min(policy.loop.clamp, latency_s / objective_s))
-    if worst is None:
-        return _Ask(None, None, Reason.NO_PROFILE, "no profile, and no request finished in the long window")
-    credited = worst * ready / provisioned
-    target, low = policy.loop.target_saturation, policy.loop.low
-    if worst > target:
-        asked = provisioned + max(0, math.ceil(provisioned * (credited / target - 1)))
-    elif worst < low:
-        asked = max(1, provisioned - math.floor(provisioned * (1 - worst / low)))
-    else:
-        asked = provisioned
-    text = f"no profile; saturation {worst:.2f} against a target of {target:.2f} on {ready} of {provisioned} replicas"
-    return _Ask(asked, asked, Reason.NO_PROFILE, text)
-
-
-def _ceil(replicas: float) -> int:
-    # An objective out of reach at any rate needs infinitely many: say "more than any bound" and let bounds cut.
-    return math.ceil(min(replicas, 1e6) - _ROUNDING)
-
-
-def _remember(now_s: float, ask: _Ask, policy: ServicePolicy, state: ReplicaState) -> ReplicaState:
+def _remember(now_s: float, ask: Ask, policy: ServicePolicy, state: ReplicaState) -> ReplicaState:
     since_s = now_s if state.since_s is None else state.since_s
     kept_s = max(PATIENCE * policy.effective.stabilization_up_s, policy.effective.stabilization_down_s)
     history = tuple(one for one in state.recommendations if one.at_s >= now_s - kept_s)
@@ -188,144 +88,211 @@ def _remember(now_s: float, ask: _Ask, policy: ServicePolicy, state: ReplicaStat
     return replace(state, since_s=since_s, recommendations=history)
 
 
-def _bounds(policy: ServicePolicy) -> tuple[int, int | None, Reason]:
-    """Least and most replicas, and what sets the most."""
-    most, reason = policy.max_replicas, Reason.MAX_REPLICAS
-    cap = policy.cap_replicas
-    if cap is not None and (most is None or cap < most):
-        most, reason = cap, Reason.COST_CAP
-    least = policy.min_replicas if most is None else min(policy.min_replicas, most)
-    return least, most, reason
-
-
-def _clamped(replicas: int, policy: ServicePolicy) -> tuple[int, Reason | None]:
-    least, most, reason = _bounds(policy)
-    if most is not None and replicas > most:
-        return most, reason
-    return max(replicas, least), None
-
-
-def _owned_elsewhere(observation: Observation, policy: ServicePolicy, ask: _Ask) -> ReplicaPlan | None:
-    """Paused, External and Fixed: the count is given; the recommendation is only published."""
-    ordered = observation.ordered_replicas
-    if policy.scaling is ScalingControl.MANAGED:
-        if not policy.paused:
-            return None
-        held = policy.min_replicas if ordered is None else ordered
-        return _plan(Status.HOLD, Reason.PAUSED, f"mode is Paused; would be: {ask.message}", held, ask, policy)
-    assert policy.spec_replicas is not None, "External and Fixed without spec.replicas are refused by the CRD"
-    reason = Reason.EXTERNAL if policy.scaling is ScalingControl.EXTERNAL else Reason.PINNED
-    status = Status.HOLD if policy.spec_replicas == ordered else Status.PROGRESS
-    text = f"spec.replicas is {policy.spec_replicas}, owned by {policy.scaling.value}; {ask.message}"
-    return _plan(status, reason, text, policy.spec_replicas, ask, policy)
-
-
-def _outside_bounds(observation: Observation, policy: ServicePolicy, ask: _Ask) -> ReplicaPlan | None:
-    """A first order, or one that a changed spec has put out of bounds: repaired at once, whatever the load."""
-    ordered = observation.ordered_replicas
-    if ordered is None:
-        text = f"first order: minReplicas {policy.min_replicas}"
-        return _plan(Status.PROGRESS, Reason.DEMAND, text, _clamped(0, policy)[0], ask, policy)
-    inside, limit = _clamped(ordered, policy)
-    if inside == ordered:
+def _idle_since_s(
+    observation: Observation, demand_state: DemandState, policy: ServicePolicy, state: ReplicaState
+) -> float | None:
+    """Since when fresh reports of every pod say that there is nothing to do; silence is not idleness."""
+    if policy.idle_after_s is None or observation.ordered_replicas == 0:
+        return state.idle_since_s
+    rates = [demand.long_rate(demand_state, one.name, policy) for one in policy.classes]
+    busy = any(pod.load is None or pod.load.running + pod.load.waiting > 0 for pod in observation.ready)
+    heard = bool(observation.ready) and len(observation.fresh) == len(observation.ready)
+    if busy or not heard or any(rate is None or rate.arrivals for rate in rates):
         return None
-    text = f"{ordered} ordered, but the bounds of the spec ask for {inside}"
-    return _plan(Status.PROGRESS, limit or Reason.DEMAND, text, inside, ask, policy)
+    return observation.now_s if state.idle_since_s is None else state.idle_since_s
+
+
+def _woken(observation: Observation, policy: ServicePolicy) -> bool:
+    """Somebody asked for the service, not longer ago than it may be idle."""
+    woken_s, after_s = observation.woken_s, policy.idle_after_s
+    return woken_s is not None and after_s is not None and 0 <= observation.now_s - woken_s < after_s
+
+
+def _may_sleep(observation: Observation, policy: ServicePolicy, state: ReplicaState) -> bool:
+    """Whether zero replicas are allowed now: asleep and not woken, or idle for long enough."""
+    if policy.idle_after_s is None or _woken(observation, policy):
+        return False
+    if observation.ordered_replicas == 0:
+        return True
+    return state.idle_since_s is not None and observation.now_s - state.idle_since_s >= policy.idle_after_s
 
 
 @dataclass(frozen=True, slots=True)
 class _Tick:
-    """What the managed decision looks at; `stuck` ends the message of whatever holds the count."""
+    """What a decision looks at, and the shape of its answers."""
 
     observation: Observation
-    demand_since_s: float
+    demand: DemandState
     policy: ServicePolicy
-    ask: _Ask
-    ordered: int
-    starting: int
-    stuck: str
+    limits: Limits
+    ask: Ask
+    ready_s: float
+    stuck: tuple[PodView, ...] = field(default=())
 
-    def hold(self, status: Status, reason: Reason, text: str) -> ReplicaPlan:
-        message = f"{self.ask.message}; {text}{self.stuck}" if text else f"{self.ask.message}{self.stuck}"
-        return _plan(status, reason, message, self.ordered, self.ask, self.policy)
+    @property
+    def ordered(self) -> int:
+        ordered = self.observation.ordered_replicas
+        assert ordered is not None, "the first order is given by _outside_limits"
+        return ordered
 
-    def order(self, replicas: int, text: str) -> ReplicaPlan:
-        message = f"{self.ask.message}; {text}"
-        return _plan(Status.PROGRESS, Reason.DEMAND, message, replicas, self.ask, self.policy)
+    @property
+    def starting(self) -> int:
+        """Pods that start and are waited for."""
+        return len(self.observation.starting) - len(self.stuck)
+
+    def hold(self, status: Status, reason: Reason, text: str = "", rejected: str = "") -> ReplicaPlan:
+        """Keep what is ordered. Stuck pods end the message of whatever holds the count."""
+        names = ", ".join(pod.name for pod in self.stuck[:3])
+        stuck = f"{len(self.stuck)} pods do not become ready ({names})" if self.stuck else ""
+        return self.plan(status, reason, self.ordered, "; ".join(filter(None, (text, stuck))), rejected)
+
+    def order(self, reason: Reason, replicas: int, text: str, rejected: str = "") -> ReplicaPlan:
+        return self.plan(Status.PROGRESS, reason, replicas, text, rejected)
+
+    def plan(self, status: Status, reason: Reason, replicas: int, text: str, rejected: str = "") -> ReplicaPlan:
+        recommended = replicas if self.ask.up is None else max(self.ask.up, self.limits.least)
+        managed = self.policy.scaling is ScalingControl.MANAGED
+        sentences = (self.ask.message, text, f"rejected {rejected}" if rejected else "")
+        return ReplicaPlan(
+            status=status,
+            reason=reason,
+            message="; ".join(filter(None, sentences)),
+            replicas=replicas,
+            recommended=min(recommended, MOST_RECOMMENDED),
+            limited_by=self.limits.clamp(recommended)[1] if managed else None,
+            inputs=self.ask.inputs,
+            rejected=rejected,
+        )
 
 
-def _managed(
-    observation: Observation,
-    demand_state: DemandState,
-    policy: ServicePolicy,
-    state: ReplicaState,
-    ask: _Ask,
-    stuck: tuple[PodView, ...],
-) -> tuple[ReplicaPlan, ReplicaState]:
-    assert observation.ordered_replicas is not None, "the first order is given by _outside_bounds"
-    names = ", ".join(pod.name for pod in stuck[:3])
-    tick = _Tick(
-        observation=observation,
-        demand_since_s=observation.now_s if demand_state.since_s is None else demand_state.since_s,
-        policy=policy,
-        ask=ask,
-        ordered=observation.ordered_replicas,
-        starting=len(observation.starting) - len(stuck),
-        stuck=f"; {len(stuck)} pods do not become ready ({names})" if stuck else "",
-    )
+def _owned_elsewhere(tick: _Tick) -> ReplicaPlan | None:
+    """Paused, External and Fixed: the count is given; the recommendation is only published."""
+    policy, ordered = tick.policy, tick.observation.ordered_replicas
+    if policy.scaling is ScalingControl.MANAGED:
+        if not policy.paused:
+            return None
+        held = max(1, policy.min_replicas) if ordered is None else ordered
+        return tick.plan(Status.HOLD, Reason.PAUSED, held, "mode is Paused; this would be planned")
+    assert policy.spec_replicas is not None, "External and Fixed without spec.replicas are refused by the CRD"
+    reason = Reason.EXTERNAL if policy.scaling is ScalingControl.EXTERNAL else Reason.PINNED
+    status = Status.HOLD if policy.spec_replicas == ordered else Status.PROGRESS
+    text = f"spec.replicas is {policy.spec_replicas}, owned by {policy.scaling.value}"
+    return tick.plan(status, reason, policy.spec_replicas, text)
+
+
+def _outside_limits(tick: _Tick) -> ReplicaPlan | None:
+    """A first order, or one that the limits of this moment do not allow: repaired at once, whatever the load."""
+    ordered = tick.observation.ordered_replicas
+    if ordered is None:
+        least = tick.limits.clamp(1)[0]
+        return tick.order(Reason.DEMAND, least, f"first order: the least that may serve is {least}")
+    inside, cut = tick.limits.clamp(ordered)
+    if inside == ordered:
+        return None
+    if ordered == 0 and _woken(tick.observation, tick.policy):
+        return tick.order(Reason.WOKEN, inside, "woken")
+    text = f"{ordered} ordered, but the bounds in force ask for {inside}"
+    return tick.order(cut or tick.limits.least_by, inside, text)
+
+
+def _managed(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
+    ask = tick.ask
+    if tick.ordered == 0:
+        text = "sleeps at zero replicas; the annotation 'moeprism.io/wake' or a schedule wakes it"
+        return tick.hold(Status.HOLD, Reason.IDLE, text), state
+    failed = _failed_rehearsal(tick, state)
+    if failed is not None:
+        state = replace(state, rehearsal=None, rehearsal_failed_s=tick.observation.now_s)
     if ask.up is None or ask.down is None:
-        return tick.hold(Status.HOLD, ask.reason, ""), state
-    wanted, limit = _clamped(ask.up, policy)
+        return tick.hold(Status.HOLD, ask.reason), state
+    wanted, cut = tick.limits.clamp(ask.up)
     if wanted > tick.ordered:
-        return _up(tick, ask.up, limit, state)
-    if limit is not None and wanted == tick.ordered:
-        return tick.hold(Status.BLOCKED, limit, f"the limit is {tick.ordered}"), state
-    if wanted == tick.ordered or _clamped(ask.down, policy)[0] >= tick.ordered:
-        missing = len(observation.ready) < tick.ordered
+        return _up(tick, ask.up, cut, state)
+    if cut is not None and wanted == tick.ordered:
+        rejected = f"{ask.up}: the limit is {tick.ordered}"
+        return tick.hold(Status.BLOCKED, cut, rejected=rejected), state
+    if failed is not None:
+        rejected = f"{tick.ordered - 1}: {failed}"
+        return tick.hold(Status.HOLD, Reason.REHEARSAL_FAILED, "the pod is back in traffic", rejected), state
+    if wanted == tick.ordered or tick.limits.clamp(ask.down)[0] >= tick.ordered:
+        missing = len(tick.observation.ready) < tick.ordered and state.rehearsal is None
         reason = Reason.IN_FLIGHT if missing else Reason.STEADY
-        status = Status.BLOCKED if stuck else Status.HOLD
-        return tick.hold(status, reason, f"{tick.ordered - 1} would not hold it with headroom"), state
+        status = Status.BLOCKED if tick.stuck else Status.HOLD
+        return tick.hold(status, reason, rejected=f"{tick.ordered - 1}: would not hold it with headroom"), state
     return _down(tick, state)
 
 
-def _up(tick: _Tick, asked: int, limit: Reason | None, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
+def _up(tick: _Tick, asked: int, cut: Reason | None, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
     now_s, policy = tick.observation.now_s, tick.policy
-    if now_s - tick.demand_since_s < policy.loop.short_window_s:
-        return tick.hold(Status.HOLD, Reason.STABILIZING, "demand is seen for too short a time"), state
+    wanted = tick.limits.clamp(asked)[0]
+    seen_since_s = now_s if tick.demand.since_s is None else tick.demand.since_s
+    if now_s - seen_since_s < policy.loop.short_window_s:
+        rejected = f"{wanted}: demand is seen for too short a time"
+        return tick.hold(Status.HOLD, Reason.STABILIZING, rejected=rejected), state
     windows = PATIENCE if tick.ask.bridged else 1
     since_s = now_s - windows * policy.effective.stabilization_up_s
-    lasting = min(_clamped(one.up, policy)[0] for one in state.recommendations if one.at_s >= since_s)
+    lasting = min(tick.limits.clamp(one.up)[0] for one in state.recommendations if one.at_s >= since_s)
     if lasting <= tick.ordered:
-        return tick.hold(Status.HOLD, Reason.STABILIZING, f"not asked for through {windows} up window(s)"), state
+        rejected = f"{wanted}: not asked for through {windows} up window(s)"
+        return tick.hold(Status.HOLD, Reason.STABILIZING, rejected=rejected), state
     if tick.starting > 0 and state.ordered_for is not None and asked <= state.ordered_for:
-        eta_s = expected_ready_s(tick.observation, policy)
-        text = f"{tick.starting} pods start for this already, expected ready {eta_s:.0f} s after creation"
+        text = f"{tick.starting} pods start for this already, expected ready {tick.ready_s:.0f} s after creation"
         return tick.hold(Status.HOLD, Reason.IN_FLIGHT, text), state
     granted = min(lasting, tick.ordered + policy.effective.max_step)
-    plan = replace(
-        tick.order(granted, f"from {tick.ordered}"), limited_by=Reason.STEP_CAP if granted < lasting else limit
-    )
-    return plan, replace(state, ordered_for=asked)
+    rejected = f"{asked}: {granted - tick.ordered} more at this tick" if granted < asked else ""
+    plan = tick.order(Reason.DEMAND, granted, f"from {tick.ordered}", rejected)
+    return replace(plan, limited_by=Reason.STEP_CAP if granted < lasting else cut), replace(state, ordered_for=asked)
 
 
 def _down(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
-    now_s, policy = tick.observation.now_s, tick.policy
-    seen_s = now_s - max(tick.demand_since_s, now_s if state.since_s is None else state.since_s)
+    now_s, policy, fewer = tick.observation.now_s, tick.policy, tick.ordered - 1
+
+    def wait(text: str) -> tuple[ReplicaPlan, ReplicaState]:
+        return tick.hold(Status.HOLD, Reason.STABILIZING, rejected=f"{fewer}: {text}"), state
+
+    began_s = max(now_s if one is None else one for one in (tick.demand.since_s, state.since_s))
     window_s = max(policy.effective.stabilization_down_s, policy.loop.long_window_s)
-    if seen_s < window_s:
-        text = f"scale-down needs {window_s:.0f} s of history, {max(0.0, seen_s):.0f} s seen"
-        return tick.hold(Status.HOLD, Reason.STABILIZING, text), state
-    keep = max(_clamped(one.down, policy)[0] for one in state.recommendations)
+    if now_s - began_s < window_s:
+        return wait(f"scale-down needs {window_s:.0f} s of history, {max(0.0, now_s - began_s):.0f} s seen")
+    keep = max(tick.limits.clamp(one.down)[0] for one in state.recommendations)
     if keep >= tick.ordered:
-        return tick.hold(Status.HOLD, Reason.STABILIZING, f"the down window saw a need of {keep}"), state
+        return wait(f"the down window saw a need of {keep}")
     if state.lowered_s is not None and now_s - state.lowered_s < policy.loop.down_period_s:
-        text = f"one pod less each {policy.loop.down_period_s:.0f} s"
-        return tick.hold(Status.HOLD, Reason.STABILIZING, text), state
-    plan = tick.order(tick.ordered - 1, f"from {tick.ordered}, largest need of the down window {keep}")
-    return plan, replace(state, lowered_s=now_s, ordered_for=None)
+        return wait(f"one pod less each {policy.loop.down_period_s:.0f} s")
+    if policy.loop.rehearsal_s > 0 and fewer > 0:
+        if state.rehearsal is None:
+            return _begin_rehearsal(tick, state)
+        left_s = policy.loop.rehearsal_s - (now_s - state.rehearsal.since_s)
+        if left_s > 0:
+            text = f"'{state.rehearsal.name}' is out of traffic, {left_s:.0f} s to go"
+            return tick.hold(Status.HOLD, Reason.REHEARSAL, text), state
+        state = replace(state, rehearsal=replace(state.rehearsal, passed=True))
+    reason = Reason.DEMAND if fewer else Reason.IDLE
+    text = f"from {tick.ordered}, largest need of the down window {keep}"
+    return tick.order(reason, fewer, text), replace(state, lowered_s=now_s, ordered_for=None)
 
 
-def _plan(status: Status, reason: Reason, message: str, replicas: int, ask: _Ask, policy: ServicePolicy) -> ReplicaPlan:
-    recommended = replicas if ask.up is None else max(ask.up, policy.min_replicas)
-    limited = _clamped(recommended, policy)[1] if policy.scaling is ScalingControl.MANAGED else None
-    return ReplicaPlan(status, reason, message, replicas, min(recommended, 1000), limited)
+def _begin_rehearsal(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
+    now_s, fewer = tick.observation.now_s, tick.ordered - 1
+    again_s = 2 * tick.policy.effective.stabilization_down_s
+    refusal = rehearsal.why_not_now(tick.observation, tick.stuck)
+    if refusal is None and state.rehearsal_failed_s is not None and now_s - state.rehearsal_failed_s < again_s:
+        refusal = f"the last rehearsal failed less than {again_s} s ago"
+    if refusal is not None:
+        return tick.hold(Status.HOLD, Reason.REHEARSAL, rejected=f"{fewer}: {refusal}"), state
+    pod = rehearsal.victim(tick.observation)
+    text = f"'{pod.name}' leaves traffic for {tick.policy.loop.rehearsal_s:.0f} s"
+    state = replace(state, rehearsal=Rehearsal(pod.uid, pod.name, now_s))
+    return tick.hold(Status.HOLD, Reason.REHEARSAL, text), state
+
+
+def _failed_rehearsal(tick: _Tick, state: ReplicaState) -> str | None:
+    """Why a rehearsal under way must end; None if there is none, or it goes well."""
+    if state.rehearsal is None or state.rehearsal.passed:
+        return None
+    if tick.ask.down is None:
+        return tick.ask.message
+    if tick.limits.clamp(tick.ask.down)[0] >= tick.ordered:
+        return "the load has risen"
+    nominal: Mapping[str, str] = tick.ask.nominal
+    return rehearsal.failure(tick.observation, tick.demand, tick.policy, state.rehearsal, nominal)

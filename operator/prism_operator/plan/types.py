@@ -13,7 +13,8 @@ from prism_api.control import Admission, Fence, Load
 from prism_api.effective import EffectiveSettings
 from prism_api.points import Ladder
 from prism_api.profile import Profile
-from prism_api.service import BudgetControl, ScalingControl
+from prism_api.service import Brownout, BudgetControl, OnCap, ScalingControl, Schedule
+from prism_operator.plan.forecast import ForecastState
 
 
 class Status(StrEnum):
@@ -37,11 +38,18 @@ class Reason(StrEnum):
     AT_FLOOR = "AtFloor"
     AT_FULL = "AtFull"
     PINNED = "Pinned"
+    QUALITY_BUDGET_SPENT = "QualityBudgetSpent"
     COST_CAP = "CostCap"
+    FLEET_QUOTA = "FleetQuota"
     MAX_REPLICAS = "MaxReplicas"
     IN_FLIGHT = "InFlight"
     STABILIZING = "Stabilizing"
     STEP_CAP = "StepCap"
+    SCHEDULE = "Schedule"
+    REHEARSAL = "Rehearsal"
+    REHEARSAL_FAILED = "RehearsalFailed"
+    IDLE = "Idle"
+    WOKEN = "Woken"
     SIGNALS_STALE = "SignalsStale"
     NO_PROFILE = "NoProfile"
     ROLLOUT = "Rollout"
@@ -65,6 +73,8 @@ class PodView:
     """Has a deletion timestamp, or its report says draining."""
     ready_s: float | None = None
     """When it last became Ready."""
+    serving: bool = True
+    """In traffic: it carries the label that the Service selects. Off while a scale-down is rehearsed."""
     unschedulable: bool = False
     stale: bool = False
     """No fresh report (three polls missed, or never one)."""
@@ -109,10 +119,17 @@ class Observation:
     """The Deployment replaces pods by a new template."""
     pod_ready_times_s: tuple[float, ...] = ()
     """Measured creation-to-Ready times of this pool, oldest first; the last ten matter."""
+    unix_s: float | None = None
+    """Wall-clock time, for schedules alone; None: unknown, and then no schedule applies."""
+    woken_s: float | None = None
+    """When somebody last asked for a service that sleeps at zero replicas; on the clock of `now_s`."""
+    degraded_left_s: Mapping[str, float] = field(default_factory=dict)
+    """Class -> what an earlier process left of its quality error budget; read after a start alone."""
 
     @property
     def ready(self) -> tuple[PodView, ...]:
-        return tuple(pod for pod in self.pods if pod.ready and not pod.deleting)
+        """Ready and in traffic."""
+        return tuple(pod for pod in self.pods if pod.ready and pod.serving and not pod.deleting)
 
     @property
     def fresh(self) -> tuple[PodView, ...]:
@@ -163,6 +180,8 @@ class LoopSettings:
     """A pod that starts for longer than this many pod-ready times gets no credit and is reported."""
     down_period_s: float = 120.0
     """Least time between two scale-downs, of one pod each."""
+    rehearsal_s: float = 0.0
+    """How long a pod is out of traffic before it is removed; 0: scale-downs are not rehearsed."""
     target_saturation: float = 0.55
     """What the slow loop aims at while there is no profile (the law of llm-d's KEDA guide)."""
 
@@ -180,6 +199,8 @@ class ClassPolicy:
     sheds: bool
     floor: str
     """Lowest operating point: the higher of `budget.min` and what keeps minRelativeQuality, at most `max_point`."""
+    degraded_s_per_day: int | None = None
+    """Seconds a day that the class may run below `max_point`; None for no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,13 +226,28 @@ class ServicePolicy:
     max_per_hour: Decimal | None
     effective: EffectiveSettings
     loop: LoopSettings
+    brownout: Brownout = Brownout.LOWEST_PRIORITY_FIRST
+    target_per_hour: Decimal | None = None
+    on_cap: OnCap = OnCap.DEGRADE_THEN_SHED
+    idle_after_s: int | None = None
+    """Seconds without a request until a service with min_replicas 0 is put to zero; None: never."""
+    schedules: tuple[Schedule, ...] = ()
+    granted_replicas: int | None = None
+    """Most replicas that the arbitration between services grants; None without one. See `plan.fleet`."""
 
     @property
     def cap_replicas(self) -> int | None:
-        """Most replicas that the cost cap pays for; None without a cap."""
-        if self.max_per_hour is None or not self.price_per_hour:
+        """Most replicas that the cost cap pays for; None without a cap that holds."""
+        if self.max_per_hour is None or not self.price_per_hour or self.on_cap is OnCap.ALERT:
             return None
         return int(self.max_per_hour // self.price_per_hour)
+
+    @property
+    def target_replicas(self) -> int | None:
+        """Replicas above which a lower budget is preferred; None without a target."""
+        if self.target_per_hour is None or not self.price_per_hour:
+            return None
+        return int(self.target_per_hour // self.price_per_hour)
 
     def by_name(self, name: str) -> ClassPolicy:
         return next(policy for policy in self.classes if policy.name == name)
@@ -343,6 +379,12 @@ class ReplicaPlan:
     """Which bound cut the recommendation; None if none did."""
     stuck_pods: tuple[str, ...] = ()
     """Pods that start for too long: they get no credit."""
+    inputs: Mapping[str, float] = field(default_factory=dict)
+    """The figures that were decided on."""
+    rejected: str = ""
+    """The best alternative and why it was not taken; empty where there was none."""
+    out_of_traffic: tuple[str, ...] = ()
+    """Uids of pods that are to carry no serving label: the one that is rehearsed without, then given up."""
 
     def __str__(self) -> str:
         return f"replicas {self.status} {self.reason}: {self.replicas} (recommended {self.recommended}); {self.message}"
@@ -358,6 +400,16 @@ class Recommendation:
 
 
 @dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """A pod out of traffic since `since_s`; `passed` once its removal was ordered."""
+
+    uid: str
+    name: str
+    since_s: float
+    passed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaState:
     """Memory of the slow loop."""
 
@@ -368,3 +420,10 @@ class ReplicaState:
     """Recommendation that the last scale-up answered: only a higher one may add to it while pods start."""
     lowered_s: float | None = None
     """When the last scale-down was ordered."""
+    forecasts: Mapping[str, ForecastState] = field(default_factory=dict)
+    """By class; empty with forecasts off."""
+    idle_since_s: float | None = None
+    """Since when every pod has reported that there is nothing to do."""
+    rehearsal: Rehearsal | None = None
+    rehearsal_failed_s: float | None = None
+    """When the last rehearsal failed: the next one waits for twice the down window."""

@@ -29,7 +29,7 @@ def test_every_field_and_every_rule_of_the_crds_is_in_the_reference() -> None:
 def test_the_reference_tells_bounds_defaults_and_choices() -> None:
     text = reference.render()
     assert "| `classes` | list, 1 to 8, by `name` | required |" in text
-    assert "| `scaling.minReplicas` | integer, 1 to 1000 | `1` |" in text
+    assert "| `scaling.minReplicas` | integer, 0 to 1000 | `1` |" in text
     assert '| `budget.control` | `Auto`, `Fixed`, `Off` | `"Auto"` |' in text
 
 

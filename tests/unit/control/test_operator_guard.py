@@ -71,3 +71,17 @@ def test_replicas_of_an_external_owner_are_obeyed_exactly():
     spec = service_spec(replicas=4, scaling={"control": "External", "maxReplicas": 8})
     assert replicas_violation(4, spec) is None
     assert "owner of /scale asks for 4" in replicas_violation(5, spec)
+
+
+def test_zero_replicas_are_ordered_only_of_a_service_that_may_sleep():
+    asleep = {"minReplicas": 0, "maxReplicas": 3, "idle": {"scaleToZero": "Enabled"}}
+    assert replicas_violation(0, service_spec(scaling=asleep)) is None
+    assert "serve nobody" in replicas_violation(0, service_spec())
+
+
+def test_schedules_widen_what_may_be_ordered_and_a_cap_that_only_alerts_does_not_narrow_it():
+    night = {"name": "night", "start": "00:00", "end": "06:00", "minReplicas": 1, "maxReplicas": 5}
+    spec = service_spec(scaling={"minReplicas": 2, "maxReplicas": 3, "schedules": [night]})
+    assert [replicas_violation(n, spec) is None for n in (0, 1, 5, 6)] == [False, True, True, False]
+    alert = service_spec(cost={"maxPerHour": "5", "onCap": "Alert"})
+    assert replicas_violation(3, alert) is None

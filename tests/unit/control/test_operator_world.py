@@ -2,7 +2,7 @@ import pytest
 
 from prism_api.control import ClassCounters, Directive, Held
 from prism_operator.control.channel import Answer, Failure, Peer
-from prism_operator.control.informer import PodRecord
+from prism_operator.control.informer import DeploymentRecord, PodRecord
 from prism_operator.control.world import LARGEST_EPOCH_LEAP, ServiceWorld, World
 from prism_operator.plan import policy
 from tests.unit.control.pod_server import DIGEST, report
@@ -157,3 +157,17 @@ def test_records_that_came_before_the_service_are_not_lost_and_a_new_uid_is_a_ne
     assert list(first.pods) == ["pod-1"]
     assert world.service(KEY, "uid-1") is first
     assert world.service(KEY, "uid-2") is not first
+
+
+def test_a_service_that_sleeps_orders_zero_replicas_and_not_what_it_had(service):
+    service.see_deployment(DeploymentRecord("team-a", "chat", "u", "chat", "uid-1", None, 2, 2, False, None))
+    assert observe(service).ordered_replicas == 2
+    service.desired_replicas = 0
+    assert observe(service).ordered_replicas == 0
+
+
+def test_a_wish_to_be_woken_is_told_on_the_clock_of_the_planner(service):
+    assert observe(service).woken_s is None
+    service.woken_unix_s = UNIX_OFFSET_S + 190.0
+    seen = observe(service)
+    assert (seen.woken_s, seen.unix_s) == (190.0, UNIX_OFFSET_S + 200.0)

@@ -52,7 +52,7 @@ def test_demand_beyond_capacity_orders_what_it_needs() -> None:
 def test_demand_that_fits_changes_nothing_and_says_why_not_fewer() -> None:
     plan, _ = _decide(9, pods=2)
     assert (plan.status, plan.reason, plan.replicas) == (Status.HOLD, Reason.STEADY, 2)
-    assert "1 would not hold it" in plan.message
+    assert "rejected 1: would not hold it" in plan.message
 
 
 def test_ask_must_last_through_the_up_window() -> None:
