@@ -1,7 +1,7 @@
 """Swap searches over one expert's neurons: which neurons form which sub-expert. Compiled, or NumPy with the same bits.
 
 A search exchanges two neurons of two sub-experts at a time and keeps the exchange if the objective falls; with a
-temperature also, now and then, if it rises. Sub-experts keep their size; the best state seen is returned, so no start is
+temperature also, now and then, if it rises. Sub-experts keep their size. The best state seen is returned: no start is
 worsened. `swap.c` states the order of every sum, which both implementations follow.
 """
 
