@@ -8,6 +8,15 @@ from prism_runtime.kernels.plan import BATCH, PlanTensor
 from prism_runtime.kernels.selection import floor_cells, gate_scores, keep_above, keep_highest, log_token_factor
 
 
+def require_gate(gated: GatedLayer | None, residual_rms: Tensor | None) -> tuple[GatedLayer, Tensor]:
+    """Both, for rows at points with thresholds. Raises ValueError if one is missing."""
+    if gated is None or residual_rms is None:
+        raise ValueError(
+            "a row stands at a point with thresholds, and this layer has no gate; bind the artifact's gates"
+        )
+    return gated, residual_rms
+
+
 def choose_cells(
     hidden: Tensor,
     expert_ids: Tensor,
@@ -51,7 +60,7 @@ def choose_cells(
             added.append(torch.zeros_like(x, dtype=torch.float32))
         else:
             dropped = valid[..., None] & ~keep
-            added.append(_compensate(x, ids, router, dropped, compensation))
+            added.append(compensate(x, ids, router, dropped, compensation))
             rank = compensation.u.shape[0]
             multiply_adds = multiply_adds + 2 * rank * width * len(at) + rank * dropped.sum()
         plan.charge(point, keep.sum(), multiply_adds / (3 * width * neurons), valid.sum() * sub_experts)
@@ -59,7 +68,7 @@ def choose_cells(
     return torch.cat(rows), torch.cat(keeps), torch.cat(added) if compensated else None
 
 
-def _compensate(
+def compensate(
     x: Tensor, expert_ids: Tensor, router_weights: Tensor, dropped: Tensor, compensation: CompensationWeights
 ) -> Tensor:
     """[M, H] float32: what the dropped cells [M, K, N] are expected to have added."""

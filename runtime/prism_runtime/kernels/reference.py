@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prism_runtime.kernels.contract import ExpertWeights, GatedLayer
-from prism_runtime.kernels.gating import choose_cells
+from prism_runtime.kernels.gating import choose_cells, require_gate
 from prism_runtime.kernels.plan import PlanTensor
 
 LAUNCH_MULTIPLY_ADDS = 500_000
@@ -39,10 +39,7 @@ def sub_expert_moe(
         raise ValueError(f"the plan has {attached} rows attached, the forward has {hidden.shape[0]}")
     if not plan.gated_rows:
         return _run_prefixes(hidden, expert_ids, router_weights, layer, plan, weights)
-    if gated is None or residual_rms is None:
-        raise ValueError(
-            "a row stands at a point with thresholds, and this layer has no gate; bind the artifact's gates"
-        )
+    gated, residual_rms = require_gate(gated, residual_rms)
     if plan.levels(layer):
         out = _run_prefixes(hidden, expert_ids, router_weights, layer, plan, weights)
     else:

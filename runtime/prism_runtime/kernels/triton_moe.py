@@ -12,7 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from prism_runtime.kernels.contract import Activation, ExpertWeights
+from prism_runtime.kernels.contract import Activation, ExpertWeights, GatedLayer
+from prism_runtime.kernels.gating import choose_cells, require_gate
 from prism_runtime.kernels.plan import PlanTensor
 from prism_runtime.kernels.reference import ranks
 from prism_runtime.kernels.routing import slot_blocks, sub_expert_blocks
@@ -56,6 +57,8 @@ def sub_expert_moe(
     layer: int,
     plan: PlanTensor,
     weights: ExpertWeights,
+    gated: GatedLayer | None = None,
+    residual_rms: Tensor | None = None,
 ) -> Tensor:
     """See `contract.SubExpertKernel`."""
     experts, sub_experts = weights.w1.shape[:2]
@@ -66,7 +69,16 @@ def sub_expert_moe(
     plan.ran += slot_count.sum()
     plan.routed += (ours & (counts[:, :1] > 0)).sum() * sub_experts
     keep = torch.arange(sub_experts, device=hidden.device) < slot_count[..., None]
-    return run_kept(hidden, expert_ids, router_weights, keep, weights, tiling(len(hidden)))
+    how = tiling(len(hidden))
+    if not plan.gated_rows:
+        return run_kept(hidden, expert_ids, router_weights, keep, weights, how)
+    gated, residual_rms = require_gate(gated, residual_rms)
+    rows, chosen, added = choose_cells(
+        hidden, expert_ids, router_weights, residual_rms, layer, plan, gated, weights.w2.shape[2]
+    )
+    keep[rows] = chosen
+    out = run_kept(hidden, expert_ids, router_weights, keep, weights, how)
+    return out if added is None else out.index_add_(0, rows, added.to(out.dtype))
 
 
 def run_kept(

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_runtime.kernels.contract import ExpertWeights
-from prism_runtime.kernels.plan import PADDING, PlanTables, PlanTensor
+from prism_runtime.kernels.contract import CompensationWeights, ExpertWeights, GatedLayer, GateWeights
+from prism_runtime.kernels.plan import PADDING, PREFIX, THRESHOLD, PlanTables, PlanTensor
 from prism_runtime.kernels.reference import sub_expert_moe as reference
 from prism_runtime.kernels.triton_moe import Tiling, run_kept
 from prism_runtime.kernels.triton_moe import sub_expert_moe as triton_moe
@@ -99,6 +99,42 @@ def test_rows_of_different_budgets_share_a_forward_as_in_the_reference(layer, da
         counters.append((int(plan.ran), int(plan.routed)))
     assert close(outputs[1], outputs[0].float())
     assert counters[0] == counters[1]
+
+
+@settings(max_examples=10, deadline=None)
+@given(layers(), st.integers(0, 2**20))
+def test_rows_at_a_threshold_run_what_the_reference_runs(layer, seed):
+    hidden, ids, router, keep, weights = layer
+    (tokens, _, sub_experts), (experts, width) = keep.shape, (len(weights.w1), hidden.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    gate = GateWeights(
+        random(experts, sub_experts, width) * 0.1,
+        random(experts, sub_experts),
+        random(experts, sub_experts),
+        torch.full((experts, sub_experts), 0.5),
+        None,
+        1.7,
+    )
+    compensation = CompensationWeights(random(width + 1, 2), random(2, width), random(experts, sub_experts, 2))
+    tables = PlanTables(
+        mode=torch.tensor([THRESHOLD, PREFIX], dtype=torch.int32),
+        count=torch.full((2, 1, 1), sub_experts, dtype=torch.int32),
+        tau=torch.tensor([[-1.0], [0.0]]),
+        share=torch.ones(2, 1),
+        cap=torch.zeros(2, dtype=torch.int32),
+        sub_experts=sub_experts,
+    )
+    rms, outputs = torch.rand(tokens, generator=generator) + 0.5, []
+    for kernel in (reference, triton_moe):
+        plan = PlanTensor(tables, classes=2)
+        plan.write([0, 1])
+        plan.attach_rows([row % 2 for row in range(tokens)])
+        outputs.append(kernel(hidden, ids, router, 0, plan, weights, GatedLayer(gate, {0: compensation}), rms))
+    assert close(outputs[1], outputs[0].float())
 
 
 def test_by_slot_the_result_is_the_same_bit_for_bit_in_any_company():
