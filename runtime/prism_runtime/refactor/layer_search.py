@@ -26,20 +26,26 @@ ENERGY_ROWS, ENERGY_EXPERTS = 256, 16
 class ExpertsOfLayer(Protocol):
     """gate, up, down [E, C, H]; activations(x [R, H], expert) -> [R, C], what enters the down projection."""
 
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
+    @property
+    def gate(self) -> Tensor: ...
+    @property
+    def up(self) -> Tensor: ...
+    @property
+    def down(self) -> Tensor: ...
     def activations(self, rows: Tensor, expert: int) -> Tensor: ...
 
 
 class RowsOfLayer(Protocol):
     """x [T, H] what enters the experts, rms [T] of the residual, expert_ids and router_weights [T, K]."""
 
-    x: Tensor
-    rms: Tensor
-    expert_ids: Tensor
-    router_weights: Tensor
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def rms(self) -> Tensor: ...
+    @property
+    def expert_ids(self) -> Tensor: ...
+    @property
+    def router_weights(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +139,7 @@ def partition_layer(
     means: Tensor | None = None,
     start: Tensor | None = None,
     threads: int | None = None,
+    chosen: Sequence[int] | None = None,
     on_expert: Callable[[ExpertSearch], None] | None = None,
 ) -> Tensor:
     """[E, C] int32: neuron perm[e, i] of the source stands at position i; sub-experts by mean energy, highest first.
@@ -145,11 +152,13 @@ def partition_layer(
     start    [E, C]  a permutation as this function returns it, to go on from, in place of the settings' starts
     threads  experts searched at a time; None is the number of processors this process may use. Each holds its expert's
              rows twice (4 C bytes a row) and a [C, C] Gram matrix
+    chosen   experts to search, one row of the result each; None is all. The others' rows may be missing
     on_expert  called in this thread, in order of experts
 
     Raises ValueError if the sub-experts do not divide C.
     """
     count, neurons = experts.gate.shape[:2]
+    searched = range(count) if chosen is None else chosen
     if neurons % settings.sub_experts:
         raise ValueError(f"{neurons} neurons cannot form {settings.sub_experts} equal sub-experts: choose a divisor")
     if limits is None:
@@ -157,13 +166,13 @@ def partition_layer(
         limits = energy_limits([sample]) if len(sample) else Limits((1.0,), (1.0,))
     task = _Task(experts, rows, metric, settings, layer, factor, means, start)
     workers = threads or len(os.sched_getaffinity(0))
-    perm = torch.empty(count, neurons, dtype=torch.int32)
+    perm = torch.empty(len(searched), neurons, dtype=torch.int32)
     inner = torch.get_num_threads()
     # One thread inside torch whatever the number of experts at a time: how it splits a product changes the last bits.
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            for order, result in pool.map(lambda expert: task.search(expert, limits), range(count)):
-                perm[result.expert] = order
+            for row, (order, result) in enumerate(pool.map(lambda expert: task.search(expert, limits), searched)):
+                perm[row] = order
                 if on_expert is not None:
                     on_expert(result)
         finally:
