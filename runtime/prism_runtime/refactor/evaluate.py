@@ -10,13 +10,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, Decimal
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from prism_api.manifest import Divergence
+from prism_runtime.refactor.baselines import MaskedForward, OracleGate
+from prism_runtime.refactor.bootstrap import Floats
+from prism_runtime.refactor.method import Method
 from prism_runtime.refactor.text import TokenSequence
 from prism_runtime.refactor.trace import PackedModel, batches
+from prism_runtime.refactor.watch import Observation, Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +114,157 @@ def evaluate_points(
             sums[point].add(reference, observed, model.plan.realised_budget)
         advance(len(batch))
     return {point: gathered.quality(domains) for point, gathered in sums.items()}
+
+
+# -- any method on the masked model ---------------------------------------------------------------------------------
+
+
+class CountingForward(MaskedForward, Protocol):
+    """A masked model that counts what its calls since `reset` cost, as shares of the full cost."""
+
+    def reset(self) -> None: ...
+
+    @property
+    def realised(self) -> float: ...
+
+    @property
+    def realised_by_layer(self) -> Sequence[float]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A method at one budget. `family` names the curve that its budgets make; `nominal` is the share asked for."""
+
+    family: str
+    nominal: float
+    method: Method
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one subject measured, each sequence for itself, so that subjects can be compared in pairs.
+
+    kl             [S]  mean KL(full || point) of a sequence's positions, nats
+    cross_entropy  [S]  mean over its targets, nats
+    same_top1      [S]  share of positions whose most likely token is the full model's
+    lost, gained   [S]  share of targets that the full model's first choice meets and the point's does not, and reverse
+    median, p99, largest  of the KL of single positions
+    realised            share of the full cost, every cost counted; by_layer for each MoE layer
+    sparse, dense       what a Watch saw with earlier layers sparse, and with them whole; None if nothing was watched
+    """
+
+    family: str
+    name: str
+    nominal: float
+    kl: Floats
+    cross_entropy: Floats
+    same_top1: Floats
+    lost: Floats
+    gained: Floats
+    median: float
+    p99: float
+    largest: float
+    realised: float
+    realised_by_layer: list[float]
+    sparse: Observation | None
+    dense: Observation | None
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """Asks for layer observations on every `every`-th batch; they cost a second forward."""
+
+    layers: int
+    sub_experts: int
+    oracle: OracleGate | None = None
+    every: int = 4
+
+
+class _Sums:
+    def __init__(self, subject: Subject, watching: Watching | None) -> None:
+        self.subject = subject
+        self.rows: list[Tensor] = []
+        self.positions: list[Tensor] = []
+        self.realised = 0.0
+        self.by_layer: list[float] = []
+        self.watches = None if watching is None else [_watch(subject, watching, dense=dense) for dense in (False, True)]
+
+    def add(self, full: Tensor, point: Tensor, targets: Tensor) -> None:
+        kl = (full.exp() * (full - point)).sum(-1)
+        first, other = full.argmax(-1), point.argmax(-1)
+        met, meets = first[:, :-1] == targets, other[:, :-1] == targets
+        self.positions.append(kl)
+        self.rows.append(
+            torch.stack(
+                [
+                    kl.mean(1),
+                    -point[:, :-1].gather(-1, targets[..., None])[..., 0].mean(1),
+                    (first == other).float().mean(1),
+                    (met & ~meets).float().mean(1),
+                    (meets & ~met).float().mean(1),
+                ],
+                1,
+            )
+        )
+
+    def count(self, model: CountingForward, sequences: int) -> None:
+        self.realised += model.realised * sequences
+        layers = [share * sequences for share in model.realised_by_layer]
+        self.by_layer = [a + b for a, b in zip(self.by_layer, layers, strict=True)] if self.by_layer else layers
+
+    def measurement(self, sequences: int) -> Measurement:
+        kl, cross_entropy, same_top1, lost, gained = torch.cat(self.rows).double().numpy().T
+        positions = torch.cat(self.positions).flatten().sort().values
+        sparse, dense = (None, None) if self.watches is None else (each.observation() for each in self.watches)
+        return Measurement(
+            self.subject.family,
+            self.subject.method.name,
+            self.subject.nominal,
+            kl,
+            cross_entropy,
+            same_top1,
+            lost,
+            gained,
+            median=float(positions[len(positions) // 2]),
+            p99=float(positions[int(0.99 * (len(positions) - 1))]),
+            largest=float(positions[-1]),
+            realised=self.realised / sequences,
+            realised_by_layer=[share / sequences for share in self.by_layer],
+            sparse=sparse,
+            dense=dense,
+        )
+
+
+def _watch(subject: Subject, watching: Watching, *, dense: bool) -> Watch:
+    return Watch(subject.method, watching.layers, watching.sub_experts, dense=dense, oracle=watching.oracle)
+
+
+def evaluate_methods(
+    model: CountingForward,
+    sequences: Sequence[TokenSequence],
+    subjects: Sequence[Subject],
+    watching: Watching | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Measurement]:
+    """Measure every subject against the full model on sequences of one length; one row a subject, in their order.
+
+    `advance` is told the number of sequences after each batch.
+    """
+    sums = [_Sums(subject, watching) for subject in subjects]
+    for number, batch in enumerate(batches(sequences, size=4)):
+        targets = torch.tensor([sequence.ids for sequence in batch])[:, 1:]
+        full = model.log_probabilities(batch, None)
+        for each in sums:
+            method = each.subject.method
+            watched = watching is not None and number % watching.every == 0
+            if watched and each.watches is not None:
+                for watch in each.watches:
+                    watch.domains = [sequence.domain for sequence in batch]
+                sparse, dense = each.watches
+                model.log_probabilities(batch, dense)
+                method = sparse
+            model.reset()
+            each.add(full, model.log_probabilities(batch, method), targets)
+            each.count(model, len(batch))
+        advance(len(batch))
+    return [each.measurement(len(sequences)) for each in sums]

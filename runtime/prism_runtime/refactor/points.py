@@ -157,16 +157,20 @@ def isotonic(values: Floats) -> Floats:
     return np.repeat([mean for mean, _ in blocks], [size for _, size in blocks])
 
 
-def kl_at(cost: Floats, kl: Floats, wanted: float) -> float | None:
+def kl_at(cost: Floats, kl: Floats, wanted: float) -> Floats | None:
     """KL at a cost between two measured ones, linear in log KL; None outside of what was measured.
 
-    For comparing methods at one realised cost when their budgets are not the same. Points of no KL (the full model has
-    no logarithm) are left out.
+    cost  [P]           kl  [P], or [P, S] for each sequence, which a bootstrap then pairs
+    For comparing methods at one realised cost when their budgets are not the same. A point without any KL, as the full
+    model's is, has no logarithm and is left out.
     """
-    cost, kl = cost[kl > 0], kl[kl > 0]
-    order = np.argsort(cost)
-    if not len(order):
+    measured = np.asarray(kl).reshape(len(cost), -1).any(1)
+    order = np.argsort(cost[measured])
+    cost, kl = cost[measured][order], np.maximum(kl[measured][order], np.finfo(np.float64).tiny)
+    if not len(cost) or not cost[0] <= wanted <= cost[-1]:
         return None
-    if not cost[order[0]] <= wanted <= cost[order[-1]]:
-        return None
-    return float(np.exp(np.interp(wanted, cost[order], np.log(kl[order]))))
+    above = max(1, int(np.searchsorted(cost, wanted))) if len(cost) > 1 else 0
+    below = max(0, above - 1)
+    share = (wanted - cost[below]) / (cost[above] - cost[below]) if cost[above] > cost[below] else 0.0
+    between: Floats = np.exp((1 - share) * np.log(kl[below]) + share * np.log(kl[above]))
+    return between

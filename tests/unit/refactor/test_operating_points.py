@@ -74,4 +74,14 @@ def test_a_count_reports_raw_rises_and_a_monotone_curve() -> None:
 def test_kl_between_two_costs_is_read_off_their_line_in_log_kl() -> None:
     cost, kl = np.array([0.5, 0.25, 1.0]), np.array([0.01, 0.04, 0.0])
     assert kl_at(cost, kl, 0.375) == pytest.approx(0.02)
+    assert kl_at(cost, kl, 0.25) == pytest.approx(0.04)
+    assert kl_at(cost, kl, 0.5) == pytest.approx(0.01)
     assert kl_at(cost, kl, 0.6) is None
+
+
+def test_kl_between_two_costs_is_read_off_for_each_sequence() -> None:
+    kl = np.array([[0.01, 0.0], [0.04, 0.5]])
+    between = kl_at(np.array([0.5, 0.25]), kl, 0.375)
+    assert between is not None
+    assert between[0] == pytest.approx(0.02)
+    assert between[1] < 1e-100

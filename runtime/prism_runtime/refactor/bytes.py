@@ -1,0 +1,159 @@
+"""The other cost: weight bytes that a decode step reads. Small batches are bound by it, not by multiply-adds.
+
+In one step, tokens of different sequences share every weight that any of them needs. A choice for each token alone then
+touches the union of all choices, which fills up as the batch grows; a prefix touches the same share at any batch; a
+choice made for the step as a whole can be held to a share of bytes and serve all its tokens. Sequences of one text are
+therefore run in batches of their tokens at the same position. Shares are of the bytes that the full model touches in
+the same step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prism_runtime.refactor.baselines import MaskedForward, ThresholdGate
+from prism_runtime.refactor.bootstrap import Floats
+from prism_runtime.refactor.method import Choice, Method, Slots
+from prism_runtime.refactor.points import kl_at
+from prism_runtime.refactor.text import TokenSequence
+
+
+class StepSelection:
+    """Scores sub-experts as `gate` does and picks for the whole step: those with the largest sums of squared scores
+    over the step's tokens, until the share `budget` of the touched experts' bytes is spent.
+
+    Whatever is picked runs for every token routed to its expert. A step is the `step_tokens` sequences' tokens at one
+    position; slots hold positions fastest.
+    """
+
+    def __init__(self, gate: ThresholdGate, budget: float, step_tokens: int) -> None:
+        self.name = f"{gate.name}, step {step_tokens}"
+        self._gate, self._budget, self._step_tokens = gate, budget, step_tokens
+
+    def choose(self, slots: Slots) -> Choice:
+        energy = (2 * self._gate.log_scores(slots)).exp()  # [T, K, N]
+        experts, sub_experts = len(slots.down), energy.shape[-1]
+        place = step_of(len(energy), self._step_tokens)[:, None] * experts + slots.expert_ids  # [T, K]
+        steps = len(energy) // self._step_tokens
+        sums = energy.new_zeros(steps * experts, sub_experts).index_add_(0, place.flatten(), energy.flatten(0, 1))
+        routed = torch.zeros(steps * experts, dtype=torch.bool)
+        routed[place.flatten()] = True
+        sums = sums.masked_fill(~routed[:, None], -1.0).view(steps, -1)
+        wanted = (self._budget * routed.view(steps, -1).sum(-1) * sub_experts).round().long()
+        picked = sums.argsort(dim=-1, descending=True, stable=True).argsort(-1) < wanted[:, None]
+        return self._gate.keep(slots, picked.view(steps * experts, sub_experts)[place])
+
+
+class TouchCount:
+    """Chooses as `method` does and counts what each step touches."""
+
+    def __init__(self, method: Method, step_tokens: int) -> None:
+        self.name = method.name
+        self._method, self._step_tokens = method, step_tokens
+        self._touched = self._routed = 0.0
+
+    def choose(self, slots: Slots) -> Choice:
+        choice = self._method.choose(slots)
+        experts, neurons, _ = slots.down.shape
+        steps = len(slots.x) // self._step_tokens
+        place = (step_of(len(slots.x), self._step_tokens)[:, None] * experts + slots.expert_ids).flatten()
+        touched = torch.zeros(steps * experts, neurons, dtype=torch.int32)
+        touched.index_add_(0, place, choice.keep.flatten(0, 1).int())
+        self._touched += float((touched > 0).sum())
+        self._routed += len(place.unique()) * neurons
+        return choice
+
+    @property
+    def share(self) -> float:
+        """Neurons touched, of those of all experts that a token was routed to. Gates are not in it."""
+        return self._touched / self._routed
+
+
+def step_of(tokens: int, step_tokens: int) -> Tensor:
+    """[T]: the step of each token, for `step_tokens` sequences of one length laid end to end."""
+    return torch.arange(tokens // step_tokens).repeat(step_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Touching:
+    """One method in steps of a number of tokens.
+
+    selection  what is selected for: "token", "step" or "prefix", or "experts" for plain top-k
+    share      [0, 1] of the full model's weight bytes, fixed reads counted
+    kl         [S] mean KL of each sequence, nats
+    """
+
+    selection: str
+    name: str
+    step_tokens: int
+    share: float
+    kl: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class StepSubject:
+    """A method to be run in steps.
+
+    method  makes the method for a number of step tokens; only those that select for a step differ
+    fixed   share of a touched expert's bytes that is read beside its neurons, whatever is kept: the gate's weights
+    """
+
+    selection: str
+    method: Callable[[int], Method]
+    fixed: float = 0.0
+
+
+def measure_touching(
+    model: MaskedForward, sequences: Sequence[TokenSequence], subjects: Sequence[StepSubject], step_tokens: int
+) -> list[Touching]:
+    """Run every subject on as many full steps as the sequences give; a rest of them is left out.
+
+    Sequences of different domains share a step, as requests do. Raises ValueError if they are too few for one step.
+    """
+    mixed = interleave(sequences)
+    usable = len(mixed) // step_tokens * step_tokens
+    if not usable:
+        raise ValueError(f"steps of {step_tokens} tokens need as many sequences; found {len(mixed)}: give longer text")
+    counts = [TouchCount(subject.method(step_tokens), step_tokens) for subject in subjects]
+    divergence: list[list[Tensor]] = [[] for _ in subjects]
+    for start in range(0, usable, step_tokens):
+        batch = mixed[start : start + step_tokens]
+        full = model.log_probabilities(batch, None)
+        for count, parts in zip(counts, divergence, strict=True):
+            parts.append((full.exp() * (full - model.log_probabilities(batch, count))).sum(-1).mean(1))
+    return [
+        Touching(
+            subject.selection,
+            count.name,
+            step_tokens,
+            min(1.0, count.share + subject.fixed),
+            torch.cat(parts).double().numpy(),
+        )
+        for subject, count, parts in zip(subjects, counts, divergence, strict=True)
+    ]
+
+
+def interleave(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """The same sequences, one of each domain in turn."""
+    seen: dict[str, int] = {}
+    ranked = []
+    for sequence in sequences:
+        seen[sequence.domain] = seen.get(sequence.domain, 0) + 1
+        ranked.append((seen[sequence.domain], sequence))
+    return [sequence for _, sequence in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def best_selection(measured: Sequence[Touching], share: float) -> dict[str, Floats]:
+    """KL of each sequence at one share of touched bytes, by selection, best mean first; between two measured shares
+    linear in log KL. A selection that was not measured on both sides of the share is left out.
+    """
+    found = {}
+    for selection in {each.selection for each in measured}:
+        curve = [each for each in measured if each.selection == selection]
+        at = kl_at(np.array([each.share for each in curve]), np.array([each.kl for each in curve]), share)
+        if at is not None:
+            found[selection] = at
+    return dict(sorted(found.items(), key=lambda pair: float(pair[1].mean())))
