@@ -8,6 +8,7 @@ import heapq
 import itertools
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -107,7 +108,6 @@ class Fleet:
         self.lost = Lost()
         self.samples: list[Sample] = []
         self.preemptions = 0
-        self.events = 0
         names = [one.name for one in policy.classes]
         quality = {point.name: float(point.relative_quality) for point in policy.ladder.points}
         self._model = EngineModel.of(profile, names, quality, self.world.step_noise)
@@ -126,6 +126,7 @@ class Fleet:
         self._first_tokens: list[tuple[float, float]] = []
         self._offered = 0
         self._sequence = 0
+        self._arrivals: deque[SimRequest] = deque()
         self._numbers = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -137,32 +138,29 @@ class Fleet:
     # -- running ------------------------------------------------------------------------------------------------
 
     def run(self, requests: Iterable[SimRequest], until_s: float) -> None:
-        """Play the requests, in order of arrival, with controller ticks; can be called again for a later `until_s`."""
-        arrivals = iter(sorted(requests, key=lambda request: request.arrived_s))
-        following = next(arrivals, None)
-        self._at(self.now_s, lambda: self._tick(until_s))
+        """Play the requests, with controller ticks, up to and including `until_s`; can be called again to go on."""
+        self._arrivals = deque(heapq.merge(self._arrivals, sorted(requests, key=_arrived), key=_arrived))
+        if not self.samples:
+            self._at(self.now_s, self._tick)
         # Arrivals do not go through the queue of events: there are as many as of all others together.
-        while self._events and (self._events[0][0] <= until_s or following is not None):
-            at_s = self._events[0][0]
-            if following is not None and following.arrived_s <= min(at_s, until_s):
-                self.now_s = following.arrived_s
-                self._arrive(following)
-                following = next(arrivals, None)
-                continue
-            if at_s > until_s:
+        arrivals, events = self._arrivals, self._events
+        while True:
+            at_s = events[0][0]
+            if arrivals and arrivals[0].arrived_s <= min(at_s, until_s):
+                request = arrivals.popleft()
+                self.now_s = request.arrived_s
+                self._arrive(request)
+            elif at_s <= until_s:
+                self.now_s, _, event = heapq.heappop(events)
+                event()
+            else:
                 break
-            self.now_s, _, event = heapq.heappop(self._events)
-            self.events += 1
-            event()
+        self.now_s = until_s
 
     @property
-    def idle(self) -> bool:
-        """Nothing runs, starts or drains, and the pool is at its minimum."""
-        return (
-            self.ordered <= self.policy.min_replicas
-            and len(self.pods) <= self.ordered
-            and not any(pod.outstanding for pod in self.pods)
-        )
+    def outstanding(self) -> int:
+        """Requests accepted and not ended."""
+        return sum(pod.outstanding for pod in self.pods)
 
     def restart_operator(self) -> None:
         """Forget everything that the operator remembers; pods run on."""
@@ -309,15 +307,14 @@ class Fleet:
 
     # -- control ------------------------------------------------------------------------------------------------
 
-    def _tick(self, until_s: float) -> None:
+    def _tick(self) -> None:
         signals = self._signals()
         lag_s = self.world.report_lag_s
         if lag_s:
             self._at(self.now_s + lag_s, lambda: self._follow(self.controller.decide(signals)))
         else:
             self._follow(self.controller.decide(signals))
-        if self.now_s + self.controller.period_s <= until_s:
-            self._at(self.now_s + self.controller.period_s, lambda: self._tick(until_s))
+        self._at(self.now_s + self.controller.period_s, self._tick)
 
     def _follow(self, orders: Orders) -> None:
         if orders.replicas is not None:
@@ -433,6 +430,10 @@ class Fleet:
             kv_blocks_used=min(pod.kv_used, self._model.kv_tokens) // KV_BLOCK_TOKENS,
             preemptions=pod.preemptions,
         )
+
+
+def _arrived(request: SimRequest) -> float:
+    return request.arrived_s
 
 
 def _outstanding(pod: SimPod) -> int:

@@ -9,15 +9,19 @@ fast as `full`: a question about the planner ("what would such a knob buy?"), no
 """
 
 import json
+import random
 from importlib.resources import files
 
 from prism_api.model import PrismModelSpec
 from prism_api.profile import PointProfile, Profile
 from prism_api.service import PrismServiceSpec
-from prism_operator.simulate.workload import SimRequest, constant, truncated_normal
+from prism_operator.simulate.fleet import Fleet
+from prism_operator.simulate.workload import constant, truncated_normal
 
 PHASES = ((330.0, 2.0), (360.0, 4.0), (360.0, 6.0), (360.0, 8.0), (360.0, 10.0), (360.0, 4.0), (300.0, 1.0))
 """(seconds, requests a second)."""
+STAGE_INTERVAL_S = 1.0
+PROMPT, OUTPUT = truncated_normal(4000, 300, 3500, 4500), truncated_normal(1000, 80, 900, 1100)
 LEAST, MOST = 3, 8
 START_S = 105.0
 TTFT_MS, TPOT_MS = 3000, 100
@@ -27,10 +31,21 @@ QUALITY = {500: "0.9553", 625: "0.9769", 750: "0.9885", 875: "0.9958", 1000: "1"
 """Lower bounds of relative quality by budget as measured on the embedded model (examples/prismmodel.yaml)."""
 
 
-def requests(seed: int) -> list[SimRequest]:
-    """One episode; only lengths are random."""
-    prompt, output = truncated_normal(4000, 300, 3500, 4500), truncated_normal(1000, 80, 900, 1100)
-    return constant(seed, PHASES, prompt, output, "default")
+def play(fleet: Fleet, seed: int) -> None:
+    """One episode, from the first request until the pool has drained to its minimum, an hour after the load at most.
+
+    A stage begins when the last request of the one before has ended, as the benchmark's load generator has it
+    (inference-perf, `load_generator.py`, `run_stage`): every step of load meets a pool that is empty.
+    """
+    lengths = random.Random(seed)
+    for seconds, rate in PHASES:
+        start_s = fleet.now_s + STAGE_INTERVAL_S
+        fleet.run(constant(lengths, start_s, seconds, rate, PROMPT, OUTPUT, "default"), start_s + seconds)
+        while fleet.outstanding:
+            fleet.run((), fleet.now_s + 1)
+    end_s = fleet.now_s + 3600
+    while fleet.now_s < end_s and fleet.ordered > LEAST:
+        fleet.run((), fleet.now_s + 1)
 
 
 def shipped_profile(name: str) -> Profile:

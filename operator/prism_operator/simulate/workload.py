@@ -73,16 +73,11 @@ def poisson(
 
 
 def constant(
-    seed: int, phases: Iterable[tuple[float, float]], prompt: Draw, output: Draw, name: str
+    lengths: random.Random, start_s: float, seconds: float, rate: float, prompt: Draw, output: Draw, name: str
 ) -> list[SimRequest]:
-    """Arrivals evenly spaced within each (seconds, rate per second) phase, as load generators send them."""
-    lengths = random.Random(seed)
-    requests, start_s = [], 0.0
-    for seconds, rate in phases:
-        for n in range(math.floor(seconds * rate)):
-            requests.append(SimRequest(start_s + (n + 0.5) / rate, name, prompt(lengths), output(lengths)))
-        start_s += seconds
-    return requests
+    """Evenly spaced arrivals, as load generators send them at a constant rate."""
+    count = math.floor(seconds * rate)
+    return [SimRequest(start_s + (n + 0.5) / rate, name, prompt(lengths), output(lengths)) for n in range(count)]
 
 
 def gamma_renewal(rng: random.Random, start_s: float, end_s: float, rate: float, cv: float) -> Iterable[float]:

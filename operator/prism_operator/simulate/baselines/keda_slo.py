@@ -79,7 +79,7 @@ class KedaSlo:
         since_s = signals.now_s - self.rate_s
         self._first_tokens = [one for one in self._first_tokens if one[0] > since_s] + list(signals.first_tokens)
         self._steps = [one for one in self._steps if one[0] > since_s]
-        self._steps += [(signals.now_s, pod.token_s, pod.running) for pod in signals.pods if pod.token_s and pod.running]
+        self._steps += [(signals.now_s, pod.token_s, pod.running) for pod in signals.pods if pod.token_s]
         ratios = []
         ttft_s = quantile([(ttft, 1.0) for _, ttft in self._first_tokens], 0.9)
         tpot_s = quantile([(step, running) for _, step, running in self._steps], 0.9)
