@@ -1,0 +1,84 @@
+"""Neuron-level selection by the gate projection: what it scores, what it costs, what it keeps."""
+
+import pytest
+import torch
+
+from prism_runtime.refactor.baselines import RandomSubExperts, calibrate_threshold
+from prism_runtime.refactor.gate_first import GateFirst, share_to_keep
+from prism_runtime.refactor.masked import MaskedModel, capture
+from prism_runtime.refactor.method import Choice, Slots
+from prism_runtime.refactor.text import TokenSequence
+from tests.runtime.models import LAYERS, prompts, tiny_model
+
+torch.set_num_threads(1)
+
+
+def text(lengths: list[int]) -> list[TokenSequence]:
+    return [TokenSequence("text", ids) for ids in prompts(lengths)]
+
+
+def gate_first(masked: MaskedModel, sequences: list[TokenSequence]) -> GateFirst:
+    metric = [torch.eye(masked.experts[0].down.shape[2])] * LAYERS
+    return GateFirst("gate first", masked.experts, capture(masked.model, sequences), metric)
+
+
+class Compare:
+    """Keeps everything and holds each neuron's score against the log of its weighted output's norm."""
+
+    name = "compare"
+
+    def __init__(self, gate: GateFirst) -> None:
+        self._gate = gate
+        self.differences: list[torch.Tensor] = []
+
+    def choose(self, slots: Slots) -> Choice:
+        norms = slots.activations.abs() * slots.down.norm(dim=-1)[slots.expert_ids]
+        true = (norms * (slots.router_weights / slots.rms[:, None])[..., None]).log()
+        self.differences.append((self._gate.log_scores(slots) - true).flatten())
+        return self._gate.keep(slots, torch.ones_like(slots.activations, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_score_is_the_true_norm_for_a_token_whose_up_projection_is_the_usual_one(architecture: str) -> None:
+    masked = MaskedModel(tiny_model(architecture))
+    single = text([1])
+    compare = Compare(gate_first(masked, single))
+    masked.log_probabilities(single, compare)
+    differences = torch.cat(compare.differences)
+    assert len(differences) >= LAYERS * 2 * 32
+    torch.testing.assert_close(differences, torch.zeros_like(differences), rtol=0, atol=1e-3)
+
+
+def test_gate_projection_is_paid_for_every_neuron_and_the_rest_for_those_that_run() -> None:
+    masked = MaskedModel(tiny_model("mixtral"))
+    gate = gate_first(masked, text([20] * 4))
+    gate.log_tau = torch.full((LAYERS,), torch.inf)
+    masked.log_probabilities(text([20]), gate)
+    assert masked.realised == pytest.approx(1 / 3)
+    masked.reset()
+    gate.log_tau = torch.full((LAYERS,), -torch.inf)
+    masked.log_probabilities(text([20]), gate)
+    assert masked.realised == 1
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.75])
+def test_threshold_spends_the_budget_and_loses_less_than_chance(budget: float) -> None:
+    masked, sequences = MaskedModel(tiny_model("mixtral")), text([40] * 8)
+    full = masked.log_probabilities(sequences)
+
+    def divergence(method: GateFirst | RandomSubExperts) -> float:
+        masked.reset()
+        return float((full.exp() * (full - masked.log_probabilities(sequences, method))).sum(-1).mean())
+
+    gate = gate_first(masked, sequences)
+    neurons = masked.experts[0].down.shape[1]
+    calibrate_threshold(masked, gate, sequences, share_to_keep(budget), per_layer=True)
+    chosen, realised = divergence(gate), masked.realised
+    chance = divergence(RandomSubExperts(round(share_to_keep(budget) * 2 * neurons), neurons))
+    assert realised == pytest.approx(budget, abs=0.01)
+    assert chosen < 0.7 * chance
+
+
+def test_budget_below_the_gate_projections_cost_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"budget 0\.25 is below 0\.333"):
+        share_to_keep(0.25)
