@@ -233,13 +233,6 @@ def test_unknown_keys_of_a_newer_manifest_are_ignored(copy: Path) -> None:
     assert open_artifact(copy).manifest == open_artifact(copy).manifest
 
 
-def test_selection_mode_of_a_newer_version_is_refused(copy: Path) -> None:
-    points = len(open_artifact(copy).manifest.operating_points)
-    break_sidecar("mode", torch.ones(points, dtype=torch.int32))(copy, json.loads((copy / MANIFEST_NAME).read_text()))
-    with pytest.raises(ValueError, match=r"selection modes \[1\] are not known to this version"):
-        Engine.from_artifact(copy)
-
-
 def test_same_source_and_text_give_the_same_bytes(source: Path, artifact: Path, tmp_path: Path) -> None:
     refactor_model(letters(source), tmp_path / "again")
     for path in artifact.iterdir():
@@ -261,6 +254,20 @@ def test_folder_without_a_checkpoint_is_refused_before_anything_is_loaded(source
         RecipeRefused, match=r"has no config.json; MODEL must be the folder of a Hugging Face checkpoint"
     ):
         letters(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sub_experts": 0}, "--sub-experts must be at least 1; found 0"),
+        ({"threads": 0}, "--threads must be at least 1; found 0"),
+        ({"policy": "best"}, "the policy is one of prism, paper, sorted, random .*; found 'best'"),
+        ({"calibration": Path("absent.txt")}, "there is no text file 'absent.txt'"),
+    ],
+)
+def test_argument_that_cannot_be_is_refused(changed: dict[str, Any], message: str, source: Path) -> None:
+    with pytest.raises(RecipeRefused, match=message):
+        letters(source, **changed)
 
 
 def test_plain_text_alone_is_enough_if_it_is_long_and_refused_with_the_remedy_if_not(

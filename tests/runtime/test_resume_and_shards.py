@@ -81,7 +81,7 @@ def test_a_resumed_run_calibrates_only_once(
     asked: RefactorRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_shard(asked, tmp_path / "work", Shard(0, 2))
-    monkeypatch.setattr("prism_runtime.refactor.pipeline.calibrate", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr("prism_runtime.refactor.calibration.calibrate", lambda *_: pytest.fail("calibrated again"))
     run_shard(asked, tmp_path / "work", Shard(1, 2))
 
 

@@ -80,9 +80,10 @@ def _add_refactor(commands: CommandParsers) -> None:
     recipe = refactor.add_argument_group("recipe")
     recipe.add_argument(
         "--policy",
-        choices=("sorted", "random"),
+        choices=("paper", "sorted", "random"),
         default="sorted",
-        help="how neurons become sub-experts: sorted by router-weighted energy, or at random (default %(default)s)",
+        help="how neurons become sub-experts: sorted by router-weighted energy, by MoE-Prism's published partition, or "
+        "at random (default %(default)s)",
     )
     recipe.add_argument("--sub-experts", type=int, default=8, metavar="N", help="sub-experts an expert (default 8)")
     recipe.add_argument(

@@ -1,33 +1,24 @@
-"""The stages of a refactoring, from text to measured points, and which of them a shard may run.
+"""What all policies share: the run that stages belong to, the tasks that shards divide, and the partition they give."""
 
-    saliency ──► partition (layer, expert) ──► quality (point)
-    one pass     what shards divide            what is left to merge
-
-A stage's name holds what it depends on, so any process may run any stage at any time, also twice.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import cached_property, partial
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prism_api.manifest import CalibrationText, Divergence, Shape
+from prism_api.manifest import CalibrationText, Shape
 from prism_runtime.engine.experts_hook import experts_modules, fused_projections
 from prism_runtime.engine.model import load_pretrained
-from prism_runtime.kernels.plan import PlanTables
-from prism_runtime.refactor.calibrate import calibrate
-from prism_runtime.refactor.evaluate import PointQuality, evaluate_points, require_spread
-from prism_runtime.refactor.partition import Partition, Saliency
-from prism_runtime.refactor.progress import Advance, Reporter
+from prism_runtime.refactor.evaluate import require_spread
+from prism_runtime.refactor.progress import Reporter
 from prism_runtime.refactor.request import RecipeRefused, RefactorRequest
-from prism_runtime.refactor.stages import Output, Shard, Stage, WorkFolder, seed_of
+from prism_runtime.refactor.stages import Output, Shard, Stage, WorkFolder
 from prism_runtime.refactor.text import TokenSequence, cut_sequences, hold_out, provenance, read_documents
-from prism_runtime.refactor.trace import PackedModel
 
 SEQUENCE_LENGTH = 256
 SEQUENCES_PER_DOMAIN = 64
@@ -57,116 +48,77 @@ class Texts:
         self.provenance: list[CalibrationText] = provenance(request.calibration, documents, self.calibration)
 
 
-class Pipeline:
-    """One request's stages over one work folder. The model is loaded at once, and held as float32."""
+class Run:
+    """One request over one work folder. The model is loaded at once, and held as float32."""
 
     def __init__(self, request: RefactorRequest, work: WorkFolder, reporter: Reporter) -> None:
         """Raises RecipeRefused, TextRefused or UnsupportedModel before anything is computed."""
         torch.set_num_threads(request.threads)
-        self._request, self._work, self._reporter = request, work, reporter
-        self._root = request.identity()
-        self._model, tokenizer = load_pretrained(request.model)
-        self.shape = shape_of(self._model, request.sub_experts)
-        self.architecture = type(self._model).__name__
-        length = min(SEQUENCE_LENGTH, self._model.config.get_text_config().max_position_embeddings)
+        self.request, self.work, self.reporter = request, work, reporter
+        self.root = request.identity()
+        self.model: PreTrainedModel
+        self.model, tokenizer = load_pretrained(request.model)
+        self.shape = shape_of(self.model, request.sub_experts)
+        length = min(SEQUENCE_LENGTH, self.model.config.get_text_config().max_position_embeddings)
         self.texts = Texts(request, tokenizer, length)
 
-    # -- saliency: one pass over the calibration text ------------------------------------------------------------
 
-    @cached_property
-    def saliency(self) -> list[Saliency]:
-        """Of every MoE layer."""
-        made = self._work.run(self._saliency_stage, self._measure_saliency).tensors
-        return [Saliency(*(made[f"{layer}.{name}"] for name in Saliency.__slots__)) for layer in self.shape.moe_layers]
+@dataclass(frozen=True, slots=True)
+class PartitionTask:
+    """Experts of one MoE layer, counted over MoE layers, that are partitioned together."""
+
+    layer: int
+    experts: range
 
     @property
-    def _saliency_stage(self) -> Stage:
-        return Stage.of("saliency", {}, self._root)
+    def name(self) -> str:
+        first, last = self.experts[0], self.experts[-1]
+        return f"partition-{self.layer}-{first}" + ("" if first == last else f"-{last}")
 
-    def _measure_saliency(self) -> Output:
-        with self._reporter.bar("calibrate", len(self.texts.calibration), "sequences") as advance:
-            measured = calibrate(self._model, self.texts.calibration, advance)
-        return Output(
-            {
-                f"{layer}.{name}": getattr(saliency, name)
-                for layer, saliency in zip(self.shape.moe_layers, measured, strict=True)
-                for name in Saliency.__slots__
-            }
-        )
 
-    # -- partition: one task for each (layer, expert) ------------------------------------------------------------
+class Partitioner(Protocol):
+    """How neurons become sub-experts."""
 
-    def partition_tasks(self) -> list[tuple[int, int]]:
-        """(index of the MoE layer, expert) in the order that shards divide."""
-        return [(layer, expert) for layer in range(len(self.shape.moe_layers)) for expert in range(self.shape.experts)]
+    def prepare(self) -> None:
+        """Run the stages that every task reads."""
 
-    def partition_stage(self, layer: int, expert: int) -> Stage:
-        return Stage.of(f"partition-{layer}-{expert}", {}, self._saliency_stage)
+    def tasks(self) -> Sequence[PartitionTask]:
+        """In the order that shards divide."""
 
-    def run_partition(self, shard: Shard = WHOLE) -> int:
-        """Run the shard's share of the partition tasks; returns their number."""
-        tasks = self.partition_tasks()
-        share = shard.share(len(tasks))
-        with self._reporter.bar("partition", len(share), "experts") as advance:
-            for task in share:
-                self._perm(*tasks[task])
+    def stage(self, task: PartitionTask) -> Stage: ...
+
+    def partition(self, task: PartitionTask) -> Output:
+        """`perm` int32, one row of C for each expert of the task. Called from several threads."""
+
+
+def run_partition(run: Run, partitioner: Partitioner, shard: Shard) -> int:
+    """Run the shard's share of the partition tasks that are not done; returns how many are in the share."""
+    tasks = partitioner.tasks()
+    share = [tasks[index] for index in shard.share(len(tasks))]
+    partitioner.prepare()
+    with (
+        run.reporter.bar("partition", len(share), "tasks") as advance,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+        try:
+            for _ in pool.map(partial(_perm, run, partitioner), share):
                 advance(1)
-        return len(share)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return len(share)
 
-    def require_partition(self) -> None:
-        """Raises WorkFolderRefused unless shards have made every partition."""
-        self._work.require([self.partition_stage(*task) for task in self.partition_tasks()])
 
-    def partitions(self) -> dict[int, Partition]:
-        """By decoder layer. Runs what is missing."""
-        self.run_partition()
-        perms = [
-            torch.stack([self._perm(layer, expert) for expert in range(self.shape.experts)])
-            for layer in range(len(self.shape.moe_layers))
-        ]
-        return {
-            decoder_layer: Partition.of(perm, saliency, self.shape.sub_experts)
-            for decoder_layer, perm, saliency in zip(self.shape.moe_layers, perms, self.saliency, strict=True)
-        }
+def perms_of(run: Run, partitioner: Partitioner) -> list[Tensor]:
+    """[E, C] int32 of every MoE layer. Runs the tasks that are not done."""
+    run_partition(run, partitioner, WHOLE)
+    return [
+        torch.cat([_perm(run, partitioner, task) for task in partitioner.tasks() if task.layer == layer])
+        for layer in range(len(run.shape.moe_layers))
+    ]
 
-    def _perm(self, layer: int, expert: int) -> Tensor:
-        stage = self.partition_stage(layer, expert)
-        return self._work.run(stage, partial(self._partition_expert, layer, expert)).tensors["perm"]
 
-    def _partition_expert(self, layer: int, expert: int) -> Output:
-        energy = self.saliency[layer].energy[expert]
-        if self._request.policy == "sorted":
-            perm = energy.argsort(descending=True, stable=True)
-        else:
-            generator = torch.Generator().manual_seed(seed_of(self._request.seed, layer, expert))
-            groups = torch.randperm(len(energy), generator=generator).view(self.shape.sub_experts, -1)
-            perm = groups[energy[groups].sum(1).argsort(descending=True, stable=True)].flatten()
-        return Output({"perm": perm.to(torch.int32)})
-
-    # -- quality: one task for each point ------------------------------------------------------------------------
-
-    def quality(self, checkpoint: Path, counts: Mapping[int, Tensor]) -> dict[int, PointQuality]:
-        """By per-mille, of prefix counts [L, K] on the permuted `checkpoint`: what is shipped, read back from disk."""
-        partition = [self.partition_stage(*task) for task in self.partition_tasks()]
-        stages = {
-            permille: Stage.of(f"quality-{permille}", {"counts": count.tolist()}, self._root, *partition)
-            for permille, count in counts.items()
-        }
-        done = {permille: self._work.find(stage) for permille, stage in stages.items()}
-        if missing := [permille for permille, output in done.items() if output is None]:
-            tables = PlanTables.prefix(torch.stack(list(counts.values())), self.shape.sub_experts)
-            packed = PackedModel(load_pretrained(checkpoint)[0], tables)
-            total = len(missing) * len(self.texts.evaluation)
-            with self._reporter.bar("evaluate", total, "sequences") as advance:
-                for permille in missing:
-                    point, full = list(counts).index(permille), len(counts) - 1
-                    task = partial(self._evaluate, packed, point, full, advance)
-                    done[permille] = self._work.run(stages[permille], task)
-        return {permille: _quality_of(output.facts) for permille, output in done.items() if output is not None}
-
-    def _evaluate(self, packed: PackedModel, point: int, full: int, advance: Advance) -> Output:
-        quality = evaluate_points(packed, self.texts.evaluation, [point], full, advance)[point]
-        return Output(facts=asdict(quality) | {"kl": quality.kl.to_wire()})
+def partition_stages(partitioner: Partitioner) -> list[Stage]:
+    return [partitioner.stage(task) for task in partitioner.tasks()]
 
 
 def shape_of(model: PreTrainedModel, sub_experts: int) -> Shape:
@@ -193,5 +145,5 @@ def _normalises_top_k(model: PreTrainedModel) -> bool:
     return bool(getattr(config, "norm_topk_prob", config.model_type in ("mixtral", "gpt_oss")))
 
 
-def _quality_of(facts: Mapping[str, Any]) -> PointQuality:
-    return PointQuality(**{**facts, "kl": Divergence.model_validate(facts["kl"])})
+def _perm(run: Run, partitioner: Partitioner, task: PartitionTask) -> Tensor:
+    return run.work.run(partitioner.stage(task), partial(partitioner.partition, task)).tensors["perm"]

@@ -2,14 +2,12 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from prism_api import FULL
-from prism_api.manifest import Calibration, Manifest, MeasuredPoint, SourceModel
+from prism_api.manifest import Calibration as Calibrated
+from prism_api.manifest import Manifest, SourceModel
 from prism_runtime.engine.model import load_pretrained
 from prism_runtime.refactor.artifact import (
     digest_of_weights,
@@ -17,27 +15,18 @@ from prism_runtime.refactor.artifact import (
     open_artifact,
     write_checkpoint,
     write_manifest,
-    write_sidecar,
 )
+from prism_runtime.refactor.calibration import Calibration
 from prism_runtime.refactor.evaluate import PointQuality, evaluate_points
 from prism_runtime.refactor.memory import memory_needed
-from prism_runtime.refactor.partition import Partition, Saliency, allocate_prefixes, rank_energy
-from prism_runtime.refactor.pipeline import Pipeline
+from prism_runtime.refactor.partitioners import partitioner_of
+from prism_runtime.refactor.pipeline import Run, partition_stages, perms_of, run_partition
+from prism_runtime.refactor.prefixes import PrefixPoints
 from prism_runtime.refactor.progress import Reporter
-from prism_runtime.refactor.request import (
-    RecipeRefused,
-    RefactorRequest,
-    same_request,
-    tools,
-)
+from prism_runtime.refactor.request import RecipeRefused, RefactorRequest, same_request, tools
 from prism_runtime.refactor.stages import Shard, WorkFolder
 from prism_runtime.refactor.text import cut_sequences, read_documents
 from prism_runtime.refactor.trace import PackedModel
-
-SMALLEST_DEFAULT_POINT_PERMILLE = 250
-"""Below a quarter a static choice of neurons is no longer a language model; ask for such a point by name."""
-MOST_POINTS = 32
-"""Bound of the manifest and of PrismModel."""
 
 
 def refactor_model(
@@ -62,7 +51,7 @@ def refactor_model(
     if resume:
         RefactorRequest.read(folder)
     try:
-        manifest = _finish(_open(request, folder, reporter or Reporter()), request, out)
+        manifest = _Recipe(request, folder, reporter or Reporter()).finish(out)
     except ValueError:
         if work is None:  # refused, not interrupted: no later run can use what is there
             shutil.rmtree(folder, ignore_errors=True)
@@ -74,7 +63,7 @@ def refactor_model(
 
 def run_shard(request: RefactorRequest, work: Path, shard: Shard, reporter: Reporter | None = None) -> int:
     """Run one process's share of the partition tasks into the folder `work`; returns their number."""
-    return _open(request, work, reporter or Reporter()).run_partition(shard)
+    return _Recipe(request, work, reporter or Reporter()).run_shard(shard)
 
 
 def merge_shards(works: Sequence[Path], out: Path, reporter: Reporter | None = None) -> Manifest:
@@ -85,9 +74,9 @@ def merge_shards(works: Sequence[Path], out: Path, reporter: Reporter | None = N
     """
     _require_new(out)
     request = same_request(works)
-    pipeline = _open(request, works[0], reporter or Reporter(), works[1:])
-    pipeline.require_partition()
-    return _finish(pipeline, request, out)
+    recipe = _Recipe(request, works[0], reporter or Reporter(), works[1:])
+    recipe.require_partition()
+    return recipe.finish(out)
 
 
 def evaluate_artifact(directory: Path, text: Path, sequences_per_domain: int | None = None) -> dict[str, PointQuality]:
@@ -104,102 +93,53 @@ def evaluate_artifact(directory: Path, text: Path, sequences_per_domain: int | N
     return {name: quality[index] for index, name in enumerate(names)}
 
 
-def allocate(
-    shares: Mapping[int, int], saliency: Sequence[Saliency], partitions: Sequence[Partition], top_k: int
-) -> dict[int, Tensor]:
-    """Budget in per-mille -> prefix counts [L, K]: each layer spends its sub-experts on the router's ranks by energy.
+class _Recipe:
+    """The stages of one request, by its policy."""
 
-    shares  budget in per-mille -> sub-experts per routed expert, on average over ranks
-    """
-    energies = [rank_energy(measured, cut) for measured, cut in zip(saliency, partitions, strict=True)]
-    return {
-        permille: torch.tensor([allocate_prefixes(energy, share * top_k) for energy in energies], dtype=torch.int32)
-        for permille, share in shares.items()
-    }
+    def __init__(self, request: RefactorRequest, folder: Path, reporter: Reporter, others: Sequence[Path] = ()) -> None:
+        request.require_same(folder)
+        reporter.state_memory(memory_needed(request.model))
+        self._run = Run(request, WorkFolder(folder, others), reporter)
+        request.write(folder)
+        self._calibration = Calibration(self._run)
+        self._partitioner = partitioner_of(self._run, self._calibration)
 
+    def run_shard(self, shard: Shard) -> int:
+        return run_partition(self._run, self._partitioner, shard)
 
-def prefix_counts(points_permille: Sequence[int] | None, sub_experts: int) -> dict[int, int]:
-    """Budget in per-mille -> sub-experts per routed expert, ascending and with 1000. Raises RecipeRefused for a budget
-    that is not a multiple of one sub-expert."""
-    if sub_experts < 1:
-        raise RecipeRefused(f"--sub-experts must be at least 1; found {sub_experts}")
-    possible = {round(1000 * count / sub_experts): count for count in range(1, sub_experts + 1)}
-    smallest = SMALLEST_DEFAULT_POINT_PERMILLE
-    asked = {p for p in possible if p >= smallest} if points_permille is None else {*points_permille, 1000}
-    if impossible := sorted(asked - set(possible)):
-        raise RecipeRefused(
-            f"budgets {impossible} are no multiples of one of {sub_experts} sub-experts; possible: {sorted(possible)}"
-        )
-    if len(asked) > MOST_POINTS:
-        raise RecipeRefused(
-            f"{sub_experts} sub-experts give {len(asked)} points, a ladder holds {MOST_POINTS}; use --points"
-        )
-    return {permille: possible[permille] for permille in sorted(asked)}
+    def require_partition(self) -> None:
+        self._run.work.require(partition_stages(self._partitioner))
 
-
-def strictly_rising(quality: dict[int, PointQuality]) -> list[int]:
-    """The budgets whose lower quality bound is below that of every larger one kept; ascending, 1000 always last."""
-    kept: list[int] = []
-    for permille in sorted(quality, reverse=True):
-        if permille == 1000 or quality[permille].relative_quality_low < quality[kept[-1]].relative_quality_low:
-            kept.append(permille)
-    return kept[::-1]
-
-
-def _open(request: RefactorRequest, folder: Path, reporter: Reporter, others: Sequence[Path] = ()) -> Pipeline:
-    prefix_counts(request.points_permille, request.sub_experts)
-    request.require_same(folder)
-    reporter.state_memory(memory_needed(request.model))
-    pipeline = Pipeline(request, WorkFolder(folder, others), reporter)
-    request.write(folder)
-    return pipeline
-
-
-def _finish(pipeline: Pipeline, request: RefactorRequest, out: Path) -> Manifest:
-    shares = prefix_counts(request.points_permille, request.sub_experts)
-    partitions = pipeline.partitions()
-    counts = allocate(shares, pipeline.saliency, list(partitions.values()), pipeline.shape.top_k)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        target = Path(scratch) / "artifact"
-        target.mkdir()
-        write_checkpoint(request.model, target, {layer: partition.perm for layer, partition in partitions.items()})
-        quality = pipeline.quality(target, counts)
-        kept = strictly_rising(quality)
-        write_sidecar(target, partitions, torch.stack([counts[permille] for permille in kept]))
-        manifest = Manifest(
-            tools=tools(),
-            source=SourceModel(
-                name=request.model.resolve().name,
-                architecture=pipeline.architecture,
-                licence=request.licence,
-                digest=digest_of_weights(request.model),
-            ),
-            shape=pipeline.shape,
-            files=list_files(target),
-            calibration=Calibration(
-                texts=pipeline.texts.provenance, sequence_length=pipeline.texts.length, seeds=[request.seed]
-            ),
-            partition={"policy": request.policy, "objective": "energy", "order": "descending"},
-            gate={"kind": "none", "selection": "prefix", "allocation": "rank"},
-            operating_points=[_measured_point(permille, quality[permille]) for permille in kept],
-        )
-        write_manifest(target, manifest)
-        shutil.move(target, out)
-    return manifest
-
-
-def _measured_point(permille: int, quality: PointQuality) -> MeasuredPoint:
-    return MeasuredPoint(
-        name=FULL if permille == 1000 else f"b{permille}",
-        budget_permille=permille,
-        policy="full" if permille == 1000 else "rank",
-        relative_quality=quality.relative_quality,
-        relative_quality_low=quality.relative_quality_low,
-        kl=quality.kl,
-        same_top1=quality.same_top1,
-        realised_permille=quality.realised_permille,
-    )
+    def finish(self, out: Path) -> Manifest:
+        request, run = self._run.request, self._run
+        perms = perms_of(run, self._partitioner)
+        points = PrefixPoints(run, self._calibration, partition_stages(self._partitioner))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+            target = Path(scratch) / "artifact"
+            target.mkdir()
+            write_checkpoint(request.model, target, dict(zip(run.shape.moe_layers, perms, strict=True)))
+            measured = points.finish(perms, target)
+            manifest = Manifest(
+                tools=tools(),
+                source=SourceModel(
+                    name=request.model.resolve().name,
+                    architecture=type(run.model).__name__,
+                    licence=request.licence,
+                    digest=digest_of_weights(request.model),
+                ),
+                shape=run.shape,
+                files=list_files(target),
+                calibration=Calibrated(
+                    texts=run.texts.provenance, sequence_length=run.texts.length, seeds=[request.seed]
+                ),
+                partition={"policy": request.policy, "metric": request.metric},
+                gate=dict(points.gate),
+                operating_points=measured,
+            )
+            write_manifest(target, manifest)
+            shutil.move(target, out)
+        return manifest
 
 
 def _require_new(out: Path) -> None:

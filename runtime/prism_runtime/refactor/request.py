@@ -18,6 +18,8 @@ from prism_runtime.refactor.stages import Stage, WorkFolderRefused
 
 REQUEST_NAME = "prism_request.json"
 PACKAGES = ("moe-prism", "torch", "transformers")
+POLICIES = ("prism", "paper", "sorted", "random")
+METRICS = ("fisher", "identity")
 PATHS = ("model", "calibration", "evaluation")
 
 
@@ -31,6 +33,7 @@ class RefactorRequest:
 
     evaluation       text for the points' quality; None holds every fourth calibration document out for it
     policy           how neurons become sub-experts
+    metric           of the partition's objective: 'fisher' needs a backward pass, 'identity' none
     points_permille  budgets to measure; None takes the policy's default
     seed             of everything random
     threads          CPU threads of tensor operations: sums in another order are other bytes
@@ -42,6 +45,7 @@ class RefactorRequest:
     policy: str = "sorted"
     sub_experts: int = 8
     points_permille: tuple[int, ...] | None = None
+    metric: str = "fisher"
     licence: str = "unspecified"
     seed: int = 0
     threads: int = 1
@@ -54,6 +58,13 @@ class RefactorRequest:
         for text in (self.calibration, self.evaluation):
             if text is not None and not text.is_file():
                 raise RecipeRefused(f"there is no text file '{text}'")
+        if self.policy not in POLICIES or self.metric not in METRICS:
+            raise RecipeRefused(
+                f"the policy is one of {', '.join(POLICIES)} and the metric one of {', '.join(METRICS)}; "
+                f"found '{self.policy}' and '{self.metric}'"
+            )
+        if self.sub_experts < 1:
+            raise RecipeRefused(f"--sub-experts must be at least 1; found {self.sub_experts}")
         if self.threads < 1:
             raise RecipeRefused(f"--threads must be at least 1; found {self.threads}")
 

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,9 +95,17 @@ class WorkFolder:
             raise WorkFolderRefused(f"'{path}' was damaged while it was written; check the disk")
         return written
 
-    def require(self, stages: Sequence[Stage]) -> None:
-        """Raise WorkFolderRefused unless every stage has an intact output."""
-        if missing := [stage for stage in stages if self.find(stage) is None]:
+    def run_together(self, stages: Sequence[Stage], compute: Callable[[], Iterable[Output]]) -> None:
+        """Run stages whose outputs come from one computation, in their order, unless all are there."""
+        if all(self.find(stage) is not None for stage in stages):
+            return
+        for stage, output in zip(stages, compute(), strict=True):
+            _write(self._folder / stage.file_name, stage, output)
+
+    def require(self, stages: Sequence[Stage]) -> list[Output]:
+        """The outputs of all stages. Raises WorkFolderRefused that names those without an intact one."""
+        outputs = {stage: output for stage in stages if (output := self.find(stage)) is not None}
+        if missing := [stage for stage in stages if stage not in outputs]:
             folders = ", ".join(f"'{folder}'" for folder in (self._folder, *self._others))
             shown = ", ".join(stage.file_name for stage in missing[:4])
             raise WorkFolderRefused(
@@ -105,6 +113,7 @@ class WorkFolder:
                 f"{' and more' if len(missing) > 4 else ''}. Run the shards that make them, with the same arguments, "
                 f"files and versions"
             )
+        return list(outputs.values())
 
 
 def seed_of(seed: int, *place: int) -> int:

@@ -21,7 +21,7 @@ from prism_runtime.refactor.partition import (
     partition_by_energy,
     rank_energy,
 )
-from prism_runtime.refactor.recipe import prefix_counts, strictly_rising
+from prism_runtime.refactor.prefixes import prefix_counts, strictly_rising
 from prism_runtime.refactor.request import RecipeRefused
 from prism_runtime.refactor.text import Document, TextRefused, cut_sequences, hold_out, read_documents
 
@@ -142,11 +142,6 @@ def test_more_points_than_a_ladder_holds_are_refused() -> None:
     with pytest.raises(RecipeRefused, match="64 sub-experts give 49 points, a ladder holds 32; use --points"):
         prefix_counts(None, 64)
     assert len(prefix_counts([500, 750], 64)) == 3
-
-
-def test_no_sub_experts_are_refused() -> None:
-    with pytest.raises(RecipeRefused, match="--sub-experts must be at least 1; found 0"):
-        prefix_counts(None, 0)
 
 
 @pytest.mark.parametrize(
