@@ -1,7 +1,7 @@
 """A stock model whose experts can lose neurons: the forward that fits and measures every `Method`.
 
-Experts run in float32 from their unpacked weights, all neurons of every routed expert, and what a method drops is zeroed
-before the down projection. That is slow and exact, and knows nothing of kernels.
+Experts run in float32 from their unpacked weights, all neurons of every routed expert, and what a method drops is
+zeroed before the down projection. That is slow and exact, and knows nothing of kernels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -75,8 +75,8 @@ class LayerRows:
     expert_ids: Tensor
     router_weights: Tensor
 
-    def select(self, tokens: Tensor) -> "LayerRows":
-        """The rows of some tokens, by index or mask."""
+    def select(self, tokens: Tensor | slice) -> "LayerRows":
+        """The rows of some tokens, by index, mask or slice."""
         return LayerRows(self.x[tokens], self.rms[tokens], self.expert_ids[tokens], self.router_weights[tokens])
 
     def routed(self, expert: int) -> tuple[Tensor, Tensor]:
@@ -100,15 +100,7 @@ Visit = Callable[[LayerInput], Tensor]
 
 def layer_experts(model: PreTrainedModel) -> list[Experts]:
     """The experts of every MoE layer, copied to float32. Raises UnsupportedModel if there is none."""
-    return [
-        Experts(
-            *(projection.float().contiguous() for projection in fused_projections(module)),
-            biases=biases and tuple(bias.float() for bias in biases),  # type: ignore[arg-type]
-            activation=activation_of(module),
-        )
-        for _, module in experts_modules(model)
-        for biases in [fused_biases(module)]
-    ]
+    return [_unpacked(module) for _, module in experts_modules(model)]
 
 
 def activations_of_slots(experts: Experts, rows: LayerRows) -> Tensor:
@@ -189,9 +181,9 @@ class MaskedModel:
         activations = activations_of_slots(experts, rows)
         return Slots(entering.layer, rows.x, rows.rms, rows.expert_ids, rows.router_weights, activations, experts.down)
 
-    def masked(self, method: Method, entering: LayerInput) -> tuple[Tensor, Tensor]:
-        """(output [T, H] with what the method adds, cost [T] in neurons) of one layer."""
-        slots = self.slots(entering)
+    def masked(self, method: Method, entering: LayerInput, slots: Slots | None = None) -> tuple[Tensor, Tensor]:
+        """(output [T, H] with what the method adds, cost [T] in neurons) of one layer; its slots if at hand."""
+        slots = slots or self.slots(entering)
         choice = method.choose(slots)
         kept = slots.activations * choice.keep
         output = combine(self.experts[entering.layer], entering.rows, kept, choice.router_weights)
@@ -233,7 +225,7 @@ class MaskedModel:
 def capture(
     model: PreTrainedModel, sequences: Sequence[TokenSequence], advance: Callable[[int], None] = lambda _: None
 ) -> list[LayerRows]:
-    """What enters every MoE layer of the full model on a text, all tokens. `advance` is told sequences as they are done."""
+    """What enters every MoE layer of the full model on a text, all tokens. `advance` is told of finished sequences."""
     masked = MaskedModel(model)
     gathered: list[list[LayerRows]] = [[] for _ in masked.experts]
 
@@ -253,6 +245,14 @@ def capture(
         )
         for parts in gathered
     ]
+
+
+def _unpacked(module: nn.Module) -> Experts:
+    gate, up, down = (projection.float().contiguous() for projection in fused_projections(module))
+    biases = fused_biases(module)
+    if biases is not None:
+        biases = (biases[0].float(), biases[1].float(), biases[2].float())
+    return Experts(gate, up, down, biases, activation_of(module))
 
 
 def token_ids(batch: Sequence[TokenSequence]) -> Tensor:

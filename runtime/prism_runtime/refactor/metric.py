@@ -1,4 +1,4 @@
-"""How much the model minds an error in an MoE layer's output: the Fisher metric of its direction, and its size by token.
+"""How much the model minds an error in an MoE layer's output: by direction (the Fisher metric) and by token.
 
 The KL to the full model is, to second order, half the error's square in the Fisher information of the output. Its
 expectation over the model's own predictions is the second moment of the gradients of log p(target) for targets sampled

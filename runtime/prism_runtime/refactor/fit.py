@@ -1,0 +1,274 @@
+"""The recipe from end to end, in memory: text in; partition, gates, thresholds and compensation out.
+
+    rows, metric ──► token factors ──► partition ──► gates ──► [a budget] thresholds ──► compensation ──► thresholds
+                                        └─ again, less what compensation will repair
+
+Everything is closed form but the partition's search; nothing is trained.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prism_runtime.kernels.contract import CompensationWeights, GateWeights
+from prism_runtime.kernels.selection import log_token_factor
+from prism_runtime.refactor.compensation import Trajectory, fit_compensation
+from prism_runtime.refactor.elastic import ElasticMethod
+from prism_runtime.refactor.gates import EnergyForm, fit_log_ridge
+from prism_runtime.refactor.layer_search import PartitionSettings, energy_limits, partition_layer, starting_energies
+from prism_runtime.refactor.masked import Experts, LayerRows, MaskedModel, capture
+from prism_runtime.refactor.metric import LayerMetric, fisher_metric, identity_metric, ordinary
+from prism_runtime.refactor.sensitivity import fit_token_factor
+from prism_runtime.refactor.text import TokenSequence
+from prism_runtime.refactor.thresholds import calibrate_thresholds, everything
+
+CENTRE_BUDGET = 0.5
+"""Whose drops the second pass of the partition takes the means of."""
+LIMIT_ROWS = 256
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeSettings:
+    """Every ingredient, each with a way to leave it out.
+
+    budgets_permille  points to fit thresholds and compensation for
+    metric            "fisher" needs the model's backward pass; "identity" counts every direction alike
+    token_factor      a fitted sensitivity of every token, beside 1 / rms
+    centred           a second pass of the partition on what compensation will leave
+    kappa             gate outputs farther from the threshold than this many deviations are not computed; None: all are
+    allocation        one threshold over all layers, or one a layer
+    compensation      text the compensation is fitted along; None for none
+    rank              of the compensation
+    rounds            times that thresholds and compensation are fitted to each other
+    fit_sequences     most sequences that a compensation is fitted on: their hidden states are held at once
+    """
+
+    sub_experts: int = 16
+    budgets_permille: tuple[int, ...] = (750, 500, 250)
+    metric: Literal["fisher", "identity"] = "fisher"
+    fisher_samples: int = 4
+    token_factor: bool = True
+    starts: tuple[str, ...] = ("sorted",)
+    proposals: int = 10_000
+    partition_rows: int = 1_500
+    centred: bool = True
+    kappa: float | None = 1.7
+    allocation: Literal["single", "layer"] = "single"
+    compensation: Trajectory | None = "lockstep"
+    rank: int = 8
+    rounds: int = 1
+    fit_sequences: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FittedPoint:
+    """One budget: log thresholds [L], and compensation a layer or None."""
+
+    log_tau: Tensor
+    compensation: Sequence[CompensationWeights] | None
+
+
+@dataclass(frozen=True, slots=True)
+class FittedRecipe:
+    """What an artifact stores of a fit. perms [E, C] int32 a layer, points by per-mille of the budget."""
+
+    perms: Sequence[Tensor]
+    gates: Sequence[GateWeights]
+    metric: Sequence[Tensor]
+    points: dict[int, FittedPoint]
+
+    def method(self, permille: int) -> ElasticMethod:
+        """The method at one of the fitted budgets."""
+        point = self.points[permille]
+        return ElasticMethod(self.gates, point.log_tau, point.compensation, name=f"prism-{permille}")
+
+
+def fit_recipe(
+    model: PreTrainedModel,
+    calibration: Sequence[TokenSequence],
+    held: Sequence[TokenSequence],
+    settings: RecipeSettings,
+    report: Report = lambda _: None,
+) -> FittedRecipe:
+    """Fit on the calibration text, choose thresholds on the held-out one. `report` is told each step as it starts."""
+    report("calibrate")
+    rows = capture(model, calibration)
+    report("metric")
+    metric = measure_metric(model, calibration, settings)
+    tokens = [
+        fit_token_factor(*pair) if settings.token_factor else None for pair in zip(rows, _powers(metric), strict=True)
+    ]
+    forms = [layer.form for layer in metric]
+    masked = MaskedModel(model)
+    report("partition")
+    perms = partition(masked, rows, forms, settings)
+    gates = fit_gates(masked, rows, forms, tokens, settings)
+    if settings.centred:
+        report("partition again")
+        bare = calibrate_thresholds(
+            masked,
+            held,
+            ElasticMethod(gates, everything(len(rows))),
+            CENTRE_BUDGET,
+            by_layer=settings.allocation == "layer",
+        )
+        perms = partition_again(masked, rows, forms, bare, perms, settings)
+        gates = fit_gates(masked, rows, forms, tokens, settings)
+    points = {}
+    for permille in settings.budgets_permille:
+        report(f"budget {permille}")
+        method = fit_budget(masked, calibration, held, gates, forms, permille / 1000, settings)
+        points[permille] = FittedPoint(method.log_tau, method.compensation)
+    return FittedRecipe(perms, gates, forms, points)
+
+
+def measure_metric(
+    model: PreTrainedModel, calibration: Sequence[TokenSequence], settings: RecipeSettings
+) -> list[LayerMetric]:
+    """The metric of every layer, as the settings ask."""
+    if settings.metric == "fisher":
+        return fisher_metric(model, calibration, settings.seed, settings.fisher_samples)
+    experts = MaskedModel(model).experts
+    return identity_metric(len(experts), experts[0].down.shape[2], sum(len(each.ids) for each in calibration))
+
+
+def partition(
+    masked: MaskedModel, rows: Sequence[LayerRows], forms: Sequence[Tensor], settings: RecipeSettings
+) -> list[Tensor]:
+    """First pass, from the settings' starts: [E, C] int32 a layer. `masked` is permuted accordingly."""
+    asked = _partition_settings(settings)
+    kept = [layer.select(ordinary(layer.rms)) for layer in rows]
+    layers = list(zip(masked.experts, kept, forms, strict=True))
+    limits = energy_limits([starting_energies(*each, asked, layer=layer) for layer, each in enumerate(layers)])
+    perms = [partition_layer(*each, asked, limits=limits, layer=layer) for layer, each in enumerate(layers)]
+    masked.permute(perms)
+    return perms
+
+
+def partition_again(
+    masked: MaskedModel,
+    rows: Sequence[LayerRows],
+    forms: Sequence[Tensor],
+    bare: ElasticMethod,
+    perms: Sequence[Tensor],
+    settings: RecipeSettings,
+) -> list[Tensor]:
+    """Second pass, from the first one's result: energies less the mean of what `bare` drops, weighted as scores are.
+
+    `masked` is permuted by `perms` on entry, by the result afterwards.
+    """
+    asked = _partition_settings(settings)
+    kept = [layer.select(ordinary(layer.rms)) for layer in rows]
+    factors = [
+        log_token_factor(layer.x, layer.rms, gate.token).exp() for layer, gate in zip(kept, bare.gates, strict=True)
+    ]
+    stood = list(zip(masked.experts, kept, forms, factors, strict=True))
+    limits = energy_limits([_energies(*each, settings.sub_experts) for each in stood])
+    means = []
+    for layer, (experts, layer_rows, _, factor) in enumerate(stood):
+        dropped = _means_of_dropped(experts, layer_rows, factor, bare.gates[layer], bare.log_tau[layer])
+        means.append(torch.zeros_like(dropped).scatter_(1, perms[layer].long(), dropped))
+    masked.permute([torch.arange(perm.shape[1]).expand_as(perm) for perm in perms])
+    again = [
+        partition_layer(
+            masked.experts[layer],
+            kept[layer],
+            forms[layer],
+            asked,
+            limits=limits,
+            layer=layer,
+            factor=factors[layer],
+            means=means[layer],
+            start=perms[layer],
+        )
+        for layer in range(len(perms))
+    ]
+    masked.permute(again)
+    return again
+
+
+def fit_gates(
+    masked: MaskedModel,
+    rows: Sequence[LayerRows],
+    forms: Sequence[Tensor],
+    tokens: Sequence[Tensor | None],
+    settings: RecipeSettings,
+) -> list[GateWeights]:
+    """The gate of every layer, for the partition that `masked` stands in."""
+    return [
+        fit_log_ridge(experts, layer, form, settings.sub_experts, token, settings.kappa)
+        for experts, layer, form, token in zip(masked.experts, rows, forms, tokens, strict=True)
+    ]
+
+
+def fit_budget(
+    masked: MaskedModel,
+    calibration: Sequence[TokenSequence],
+    held: Sequence[TokenSequence],
+    gates: Sequence[GateWeights],
+    forms: Sequence[Tensor],
+    budget: float,
+    settings: RecipeSettings,
+) -> ElasticMethod:
+    """Thresholds and compensation of one budget, all costs counted on the held-out text."""
+    by_layer = settings.allocation == "layer"
+    start = ElasticMethod(gates, everything(len(gates)))
+    method = calibrate_thresholds(masked, held, start, budget, by_layer=by_layer)
+    if settings.compensation is None:
+        return method
+    text = _spread(calibration, settings.fit_sequences)
+    for _ in range(settings.rounds):
+        method = fit_compensation(masked, text, method, forms, settings.rank, settings.compensation)
+        method = calibrate_thresholds(masked, held, method, budget, by_layer=by_layer)
+    return method
+
+
+def _partition_settings(settings: RecipeSettings) -> PartitionSettings:
+    return PartitionSettings(
+        settings.sub_experts, settings.starts, settings.proposals, settings.partition_rows, settings.seed
+    )
+
+
+def _powers(metric: Sequence[LayerMetric]) -> list[Tensor]:
+    return [layer.power for layer in metric]
+
+
+def _energies(experts: Experts, rows: LayerRows, form: Tensor, factor: Tensor, sub_experts: int) -> Tensor:
+    """[any]: energies of a sample of rows under the partition that the experts stand in."""
+    found = []
+    for expert in range(len(experts.down)):
+        token, slot = (index[:LIMIT_ROWS] for index in rows.routed(expert))
+        energy = EnergyForm(experts.down[expert], form, sub_experts).energies(
+            experts.activations(rows.x[token], expert)
+        )
+        found.append((energy * (rows.router_weights[token, slot] * factor[token]).square()[:, None]).flatten())
+    return torch.cat(found)
+
+
+def _means_of_dropped(experts: Experts, rows: LayerRows, factor: Tensor, gate: GateWeights, log_tau: Tensor) -> Tensor:
+    """[E, C]: mean activation of every neuron over the rows that drop its sub-expert, by the square of their weight."""
+    count, neurons, _ = experts.down.shape
+    means = torch.zeros(count, neurons)
+    for expert in range(count):
+        token, slot = rows.routed(expert)
+        x = rows.x[token]
+        scale = rows.router_weights[token, slot] * factor[token]
+        score = x @ gate.weight[expert].t() + gate.bias[expert] + scale.log()[:, None]
+        weight = (score < log_tau) * scale.square()[:, None]
+        total = weight.sum(0).clamp(min=1e-12)
+        activations = experts.activations(x, expert).view(len(x), len(total), -1)
+        means[expert] = ((activations * weight[..., None]).sum(0) / total[:, None]).flatten()
+    return means
+
+
+def _spread(sequences: Sequence[TokenSequence], most: int) -> Sequence[TokenSequence]:
+    """At most so many sequences, taken evenly over the text so that every domain is in it."""
+    stride = -(-len(sequences) // most)
+    return sequences[::stride]

@@ -1,0 +1,69 @@
+"""The sub-expert gate: a ridge regression of the logarithm of a sub-expert's output norm on the experts' input.
+
+The logarithm is what a threshold compares, and its error does not grow with the norm. Norms are those of a metric
+[H, H] (see `metric.py`), which makes one unit mean the same in every layer.
+"""
+
+import torch
+from torch import Tensor
+
+from prism_runtime.kernels.contract import GateWeights
+from prism_runtime.refactor.masked import Experts, LayerRows
+from prism_runtime.refactor.metric import ordinary
+from prism_runtime.refactor.ridge import RidgeSums, with_ones
+
+PENALTY = 1e-3
+ENERGY_FLOOR = 1e-4
+"""Of the mean energy: the logarithm of a vanishing norm must not dominate the fit."""
+
+
+class EnergyForm:
+    """Energies o' F o of one expert's sub-experts, o = h W their outputs before the router weight."""
+
+    def __init__(self, down: Tensor, metric: Tensor, sub_experts: int) -> None:
+        """down [C, H], metric [H, H] positive semidefinite."""
+        cut = down.view(sub_experts, -1, down.shape[1])
+        gram = cut @ metric @ cut.transpose(1, 2)
+        scale = gram.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=torch.finfo(gram.dtype).tiny)
+        jitter = 1e-6 * scale[:, None, None] * torch.eye(gram.shape[1])
+        self._factor = torch.linalg.cholesky(gram + jitter)
+
+    def energies(self, activations: Tensor) -> Tensor:
+        """[R, C] -> [R, N]."""
+        sub_experts, width, _ = self._factor.shape
+        cut = activations.view(-1, sub_experts, width).transpose(0, 1)
+        return torch.bmm(cut, self._factor).square().sum(-1).t()
+
+
+def fit_log_ridge(
+    experts: Experts, rows: LayerRows, metric: Tensor, sub_experts: int, token: Tensor | None, kappa: float | None
+) -> GateWeights:
+    """The gate of one layer; experts are permuted. Weights are rounded to bfloat16, as artifacts store them.
+
+    The bias is raised so that the mean of the predicted energies is the mean energy: a mean of logarithms lies below.
+    """
+    count, neurons, hidden = experts.down.shape
+    weight = torch.zeros(count, sub_experts, hidden)
+    bias, mean, deviation = (torch.zeros(count, sub_experts) for _ in range(3))
+    rows = rows.select(ordinary(rows.rms))
+    for expert in range(count):
+        x = rows.x[rows.routed(expert)[0]]
+        form = EnergyForm(experts.down[expert], metric, sub_experts)
+        if not len(x):
+            # Never seen: weights alone say which sub-expert weighs more.
+            bias[expert] = mean[expert] = 0.5 * form.energies(torch.eye(neurons)).sum(0).clamp(min=1e-30).log()
+            continue
+        energy = form.energies(experts.activations(x, expert))
+        average = energy.mean(0).clamp(min=1e-30)
+        features, target = with_ones(x), 0.5 * (energy + ENERGY_FLOOR * average).log()
+        sums = RidgeSums(hidden + 1, sub_experts)
+        sums.add(features, target)
+        solved = sums.solve(PENALTY)
+        weight[expert] = solved[:-1].t().bfloat16().float()
+        prediction = x @ weight[expert].t() + solved[-1]
+        correction = 0.5 * (average / (2 * prediction).exp().mean(0)).log()
+        bias[expert] = solved[-1] + correction
+        prediction += correction
+        mean[expert] = prediction.mean(0)
+        deviation[expert] = prediction.std(0, correction=0)
+    return GateWeights(weight, bias, mean, deviation, token, kappa)
