@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from prism_api.manifest import Manifest
 from prism_api.points import Ladder
 from prism_runtime.engine.cache import BLOCK_TOKENS, BlockBudget, blocks_for
+from prism_runtime.engine.drift import DriftGuard
 from prism_runtime.engine.model import Chunk, ElasticModel, load_pretrained
 from prism_runtime.engine.sampler import sample
 from prism_runtime.engine.scheduler import Scheduler, Slice, context_tokens
@@ -27,7 +28,8 @@ from prism_runtime.engine.types import (
     StepReport,
     Token,
 )
-from prism_runtime.kernels.plan import PlanTables
+from prism_runtime.kernels.contract import GatedLayer
+from prism_runtime.kernels.plan import THRESHOLD, PlanTables
 from prism_runtime.refactor.artifact import open_artifact
 
 
@@ -41,7 +43,9 @@ class Engine:
     prefill_tokens_per_step  most prompt tokens in one step: bounds how long decoding sequences wait for a prompt
     classes                  rows of the plan
     seed                     source of the seeds of requests that bring none
+    gates                    needed if the tables have threshold or batch points, one for each MoE layer
 
+    `drift` holds the budget of threshold points at the nominal one, and tells what is realised.
     Raises ValueError if the model's window is smaller than `max_context_tokens` or the cache than one such context.
     """
 
@@ -58,6 +62,7 @@ class Engine:
         prefill_tokens_per_step: int = 512,
         classes: int = 1,
         seed: int = 0,
+        gates: Sequence[GatedLayer] = (),
     ) -> None:
         _check_limits(model, max_sequences, max_context_tokens, kv_tokens, prefill_tokens_per_step)
         self.manifest = manifest
@@ -66,7 +71,19 @@ class Engine:
         self.max_context_tokens = max_context_tokens
         self.vocabulary_size: int = model.config.get_text_config().vocab_size
         self.model = ElasticModel(
-            model, tables, classes=classes, slots=max_sequences, max_context_tokens=max_context_tokens
+            model,
+            tables,
+            classes=classes,
+            slots=max_sequences,
+            max_context_tokens=max_context_tokens,
+            gates=gates,
+        )
+        self.drift = DriftGuard(
+            {
+                point: self.ladder.points[point].budget_permille / 1000
+                for point, mode in enumerate(tables.mode.tolist())
+                if mode == THRESHOLD
+            }
         )
         slot_tokens = max_sequences * blocks_for(max_context_tokens) * BLOCK_TOKENS
         budget = BlockBudget(max_sequences, slot_tokens if kv_tokens is None else kv_tokens)
@@ -94,7 +111,7 @@ class Engine:
         torch.set_num_threads(threads)
         artifact = open_artifact(artifact_dir)
         model, tokenizer = load_pretrained(artifact_dir, dtype)
-        return cls(model, artifact.tables(), artifact.manifest, tokenizer, **settings)
+        return cls(model, artifact.tables(), artifact.manifest, tokenizer, gates=artifact.gates(), **settings)
 
     # -- from any thread ----------------------------------------------------------------------------------------
 
@@ -170,6 +187,7 @@ class Engine:
         context = sum(piece.sequence.cached for piece in decode)
         decoded, failed_decode = self._run(decode)
         prefilled, failed_prefill = self._run(prefill)
+        self._hold_budgets()
         for piece, error in (*failed_decode, *failed_prefill):
             self.model.cache.clear(piece.sequence.slot)
             events.append(self._finish(piece, FinishReason.FAILED, error))
@@ -195,6 +213,14 @@ class Engine:
                 self.scheduler.withdraw(request_id)
                 self._in_flight.remove(request_id)
         return [Finished(request_id, FinishReason.CANCELLED) for request_id in cancelled]
+
+    def _hold_budgets(self) -> None:
+        """Shift thresholds by what was realised. Between forwards, so all rows and layers of one see the same."""
+        plan = self.model.plan
+        for point in self.drift.points:
+            if self.drift.due(point, tokens := plan.gated_tokens(point)):
+                spent, routed = plan.spent[point].tolist()
+                plan.shift[point] = self.drift.correct(point, tokens, spent, routed)
 
     def _run(self, pieces: list[Slice]) -> tuple[list[tuple[Slice, Tensor]], list[tuple[Slice, str]]]:
         """Forward the slices together; if that raises, each alone, so that only the ones at fault are lost.

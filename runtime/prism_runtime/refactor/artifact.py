@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,10 +18,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prism_api.manifest import MANIFEST_NAME, SCHEMA_VERSION, SIDECAR_NAME, FileEntry, Manifest, Shape
+from prism_api.manifest import MANIFEST_NAME, SCHEMA_VERSION, SIDECAR_NAME, FileEntry, Manifest
+from prism_runtime.kernels.contract import GatedLayer
 from prism_runtime.kernels.plan import PREFIX, PlanTables
 from prism_runtime.refactor.checkpoint import CheckpointRefused, permute_shard, weight_files
 from prism_runtime.refactor.partition import Partition, invert
+from prism_runtime.refactor.sidecar import (
+    GatedRecipe,
+    SidecarRefused,
+    check_gate_entry,
+    gated_tensors,
+    gates_of,
+    tables_of,
+    verify_sidecar,
+)
 
 COPIED = ("*.json", "tokenizer*", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
 """Files of a checkpoint that are no weights; they stay byte-identical."""
@@ -41,11 +51,11 @@ class Artifact:
 
     def tables(self) -> PlanTables:
         """What the operating points mean to the kernels, in ladder order."""
-        names = [point.name for point in self.manifest.operating_points]
-        order = torch.tensor([names.index(name) for name in self.manifest.ladder.names])
-        count = torch.stack([self.sidecar[f"layers.{layer}.count"] for layer in self.manifest.shape.moe_layers], 1)
-        tables = PlanTables.prefix(count[order], self.manifest.shape.sub_experts)
-        return replace(tables, mode=self.sidecar["mode"][order])
+        return tables_of(self.sidecar, self.manifest)
+
+    def gates(self) -> list[GatedLayer]:
+        """What threshold and batch points need of every MoE layer; empty if all points are prefixes."""
+        return gates_of(self.sidecar, self.manifest)
 
     def restore_source(self, target: Path) -> None:
         """Write the source checkpoint's weights to the directory `target`, by the inverse permutation."""
@@ -87,9 +97,17 @@ def write_checkpoint(source: Path, target: Path, perms: Mapping[int, Tensor]) ->
                 shutil.copyfile(path, target / path.name)
 
 
-def write_sidecar(target: Path, partitions: Mapping[int, Partition], counts: Tensor) -> None:
-    """Write partition tensors by decoder layer, and the prefix counts [P, L, K] of the points in manifest order."""
+def write_sidecar(
+    target: Path, partitions: Mapping[int, Partition], counts: Tensor, gated: GatedRecipe | None = None
+) -> None:
+    """Write partition tensors by decoder layer, and the prefix counts [P, L, K] of the points in manifest order.
+
+    With `gated`, its points choose by threshold or batch instead of their counts, and the manifest's `gate` must be a
+    `sidecar.gate_entry`.
+    """
     tensors = {"mode": torch.full((len(counts),), PREFIX, dtype=torch.int32)}
+    if gated is not None:
+        tensors = gated_tensors(list(partitions), len(counts), gated)
     for index, (layer, partition) in enumerate(partitions.items()):
         tensors |= {
             f"layers.{layer}.perm": partition.perm.contiguous(),
@@ -137,7 +155,12 @@ def open_artifact(directory: Path) -> Artifact:
         sidecar = load_file(directory / SIDECAR_NAME)
     except SafetensorError as error:
         raise ArtifactRefused(f"'{directory / SIDECAR_NAME}' is not a safetensors file: {error}") from error
-    _verify_sidecar(directory / SIDECAR_NAME, sidecar, manifest.shape, len(manifest.operating_points))
+    try:
+        verify_sidecar(sidecar, manifest)
+    except SidecarRefused as error:
+        raise ArtifactRefused(f"'{directory / SIDECAR_NAME}' {error}; make the artifact again") from error
+    if problem := check_gate_entry(manifest, sidecar):
+        raise ArtifactRefused(f"'{directory / MANIFEST_NAME}' {problem}; make the artifact again with this version")
     return Artifact(directory, manifest, sidecar)
 
 
@@ -179,19 +202,3 @@ def _verify_file(directory: Path, entry: FileEntry) -> None:
         raise ArtifactRefused(
             f"'{path}' has digest {digest}, the manifest says {entry.digest}; copy the artifact again"
         )
-
-
-def _verify_sidecar(path: Path, sidecar: Mapping[str, Tensor], shape: Shape, points: int) -> None:
-    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"mode": (torch.int32, (points,))}
-    for layer in shape.moe_layers:
-        expected[f"layers.{layer}.perm"] = (torch.int32, (shape.experts, shape.neurons))
-        expected[f"layers.{layer}.count"] = (torch.int32, (points, shape.top_k))
-    for name, (dtype, size) in expected.items():
-        found = sidecar.get(name)
-        if found is None or found.dtype != dtype or tuple(found.shape) != size:
-            have = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise ArtifactRefused(f"'{path}' must hold '{name}' as {dtype} {list(size)}; found {have}")
-    identity = torch.arange(shape.neurons, dtype=torch.int32).expand(shape.experts, -1)
-    for layer in shape.moe_layers:
-        if not torch.equal(sidecar[f"layers.{layer}.perm"].sort(1).values, identity):
-            raise ArtifactRefused(f"'{path}': 'layers.{layer}.perm' is not a permutation of {shape.neurons} neurons")
