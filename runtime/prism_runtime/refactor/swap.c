@@ -160,14 +160,15 @@ static double energies_refresh(Energies *state, const Groups *groups) {
  * pairs       [proposals][2]  a neuron, and a draw for `partner`
  * slack       [proposals]     a swap is taken if it raises the objective by less than this
  * screen      not 0: a proposal is given up at the first block after which its sum is not below its slack
+ * rotate_every  proposals after which another block is the first
  * part        [neurons]       in: the start; out: the best state seen
  * objective   [2]             of the start and of the result
  * deltas      [proposals] or NULL: what every proposal would have added
  */
 int prism_swap_energies(const float *rows, const float *gram, int32_t neurons, int32_t sub_experts, int32_t blocks,
                         int32_t limits, const float *limit, const float *weight, int64_t proposals,
-                        const int32_t *pairs, const double *slack, int32_t screen, int32_t refresh_every,
-                        int32_t *part, double *objective, double *deltas) {
+                        const int32_t *pairs, const double *slack, int32_t screen, int32_t rotate_every,
+                        int32_t refresh_every, int32_t *part, double *objective, double *deltas) {
     Groups groups;
     Energies state = {rows, gram, limit, weight, limits, blocks, sub_experts, NULL, NULL};
     size_t cells = (size_t)sub_experts * blocks, row_bytes = (size_t)blocks * BLOCK * sizeof(float);
@@ -185,8 +186,8 @@ int prism_swap_energies(const float *rows, const float *gram, int32_t neurons, i
             int32_t pair[2] = {pairs[2 * k], partner(&groups, pairs[2 * k], pairs[2 * k + 1])};
             int32_t group[2] = {groups.part[pair[0]], groups.part[pair[1]]};
             double delta = 0;
-            int32_t block = 0;
-            while (block < blocks) {
+            for (int32_t step = 0; step < blocks; step++) {
+                int32_t block = (int32_t)((k / rotate_every + step) % blocks);
                 for (int side = 0; side < 2; side++) {
                     size_t cell = (size_t)group[side] * blocks + block;
                     float *result = after + ((size_t)side * blocks + block) * BLOCK;
@@ -195,7 +196,6 @@ int prism_swap_energies(const float *rows, const float *gram, int32_t neurons, i
                     after_cost[side * blocks + block] = energy_cost(&state, result);
                     delta += after_cost[side * blocks + block] - state.cost[cell];
                 }
-                block++;
                 if (screen && !(delta < slack[k])) break;
             }
             if (deltas) deltas[k] = delta;
@@ -274,8 +274,8 @@ static double masses_refresh(const Groups *groups, const double *rows, int32_t s
 
 /* As prism_swap_energies, in float64 and never screened. rows [blocks][neurons][BLOCK], not negative. */
 int prism_swap_masses(const double *rows, int32_t neurons, int32_t sub_experts, int32_t blocks, int32_t off,
-                      int64_t proposals, const int32_t *pairs, const double *slack, int32_t refresh_every,
-                      int32_t *part, double *objective, double *deltas) {
+                      int64_t proposals, const int32_t *pairs, const double *slack, int32_t rotate_every,
+                      int32_t refresh_every, int32_t *part, double *objective, double *deltas) {
     Groups groups;
     if (groups_open(&groups, part, neurons, sub_experts)) return -1;
     double *mass = malloc((size_t)blocks * sub_experts * BLOCK * sizeof(double));
@@ -292,7 +292,8 @@ int prism_swap_masses(const double *rows, int32_t neurons, int32_t sub_experts, 
             int32_t one = pairs[2 * k], other = partner(&groups, one, pairs[2 * k + 1]);
             int32_t group = groups.part[one], other_group = groups.part[other];
             double delta = 0;
-            for (int32_t block = 0; block < blocks; block++) {
+            for (int32_t step = 0; step < blocks; step++) {
+                int32_t block = (int32_t)((k / rotate_every + step) % blocks);
                 const double *out = rows + ((size_t)block * neurons + one) * BLOCK;
                 const double *in = rows + ((size_t)block * neurons + other) * BLOCK;
                 double *first = after + (size_t)(2 * block) * BLOCK, *second = first + BLOCK;

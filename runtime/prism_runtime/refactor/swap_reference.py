@@ -34,7 +34,14 @@ class Search:
         raise NotImplementedError
 
     def run(
-        self, part: Part, pairs: Part, slack: Doubles, screen: bool, refresh_every: int, deltas: Doubles
+        self,
+        part: Part,
+        pairs: Part,
+        slack: Doubles,
+        screen: bool,
+        rotate_every: int,
+        refresh_every: int,
+        deltas: Doubles,
     ) -> tuple[float, float]:
         """Turns `part` into the best state seen, fills `deltas`; objectives of the start and of the result."""
         start, current, accepted = part.copy(), part.copy(), 0
@@ -46,7 +53,8 @@ class Search:
             place = draw if draw < group * size else draw + size
             other = int(self.members[place // size][place % size])
             groups, delta = (group, place // size), 0.0
-            for block in range(len(self.rows)):
+            for step in range(len(self.rows)):
+                block = (k // rotate_every + step) % len(self.rows)
                 delta = self.propose(groups, (one, other), block, delta)
                 if screen and not delta < slack[k]:
                     break
