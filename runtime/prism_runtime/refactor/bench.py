@@ -68,7 +68,7 @@ class Measurement:
     """seconds: wall, both passes. Objectives: sums over experts of the first pass, at its start and at its end."""
 
     shape: Shape
-    proposals_per_neuron: int
+    proposals: int
     rows: int
     threads: int
     seconds: float
@@ -109,7 +109,7 @@ def measure(shape: Shape, settings: PartitionSettings, threads: int) -> Measurem
     seconds = time.perf_counter() - began
     return Measurement(
         shape=shape,
-        proposals_per_neuron=settings.proposals_per_neuron,
+        proposals=settings.proposals_of(shape.neurons),
         rows=settings.rows,
         threads=threads,
         seconds=round(seconds, 2),
@@ -120,6 +120,7 @@ def measure(shape: Shape, settings: PartitionSettings, threads: int) -> Measurem
 
 def variants(shape: Shape, settings: PartitionSettings) -> list[tuple[str, Shape, PartitionSettings]]:
     """One quantity at a time around a few experts of the shape: what the whole layer's time grows with."""
+    proposals = settings.proposals_of(shape.neurons)
     few = replace(shape, experts=max(2, shape.experts // 16), routed=2)
     return [
         ("few experts", few, settings),
@@ -129,8 +130,8 @@ def variants(shape: Shape, settings: PartitionSettings) -> list[tuple[str, Shape
         ("half the sub-experts", replace(few, sub_experts=few.sub_experts // 2), settings),
         ("a quarter of the rows", few, replace(settings, rows=settings.rows // 4)),
         ("twice the rows", few, replace(settings, rows=2 * settings.rows)),
-        ("a quarter of the proposals", few, replace(settings, proposals_per_neuron=settings.proposals_per_neuron // 4)),
-        ("four times the proposals", few, replace(settings, proposals_per_neuron=4 * settings.proposals_per_neuron)),
+        ("a quarter of the proposals", few, replace(settings, proposals=proposals // 4)),
+        ("four times the proposals", few, replace(settings, proposals=4 * proposals)),
     ]
 
 
@@ -139,7 +140,7 @@ def main() -> None:
     defaults = Shape()
     for name, value in asdict(defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--proposals-per-neuron", type=int, default=PartitionSettings(2).proposals_per_neuron)
+    parser.add_argument("--proposals", type=int, help="of an expert and pass; by default as a partition takes them")
     parser.add_argument("--rows", type=int, default=PartitionSettings(2).rows)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--layer-only", action="store_true", help="leave out how the time grows")
@@ -153,9 +154,7 @@ def main() -> None:
         "compiled": native.library(SOURCE) is not None,
     }
     measurements: dict[str, object] = {}
-    settings = PartitionSettings(
-        shape.sub_experts, proposals_per_neuron=options.proposals_per_neuron, rows=options.rows
-    )
+    settings = PartitionSettings(shape.sub_experts, proposals=options.proposals, rows=options.rows)
     further = [] if options.layer_only else variants(shape, settings)
     for name, wanted, chosen in [("layer", shape, settings), *further]:
         found = measure(wanted, replace(chosen, sub_experts=wanted.sub_experts), options.threads)
