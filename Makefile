@@ -88,6 +88,10 @@ cluster-down: install ## Stop it; nothing is left behind
 bench-engine: install ## Step time of the engine at every operating point on this CPU
 	$(BIN)/prism-runtime profile examples/model/artifact $(ARGS)
 
+.PHONY: bench-refactor
+bench-refactor: install ## Time to partition a layer of OLMoE's shape on this CPU, and what it grows with
+	$(BIN)/python -m prism_runtime.refactor.bench $(ARGS)
+
 .PHONY: evidence-slice
 evidence-slice: install ## Re-take every figure of evidence/slice.json (ARGS=--cold: from empty caches too)
 	$(BIN)/python -m evidence.slice $(ARGS)
