@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from prism_runtime.refactor import native
+from prism_runtime import native
 from prism_runtime.refactor.swap_reference import BLOCK, Doubles, EnergySearch, MassSearch, Part, Values
 
 SOURCE = Path(__file__).with_name("swap.c")
@@ -114,7 +114,7 @@ def geometric(first: float, factor: float, proposals: int) -> Doubles:
 
 
 def _checked(start: npt.ArrayLike, rows: Values) -> tuple[Part, int]:
-    part = np.array(start, np.int32)
+    part = np.asarray(start).astype(np.int32)
     if rows.ndim != 2 or part.shape != rows.shape[1:] or not rows.size:
         raise ValueError(f"rows are {rows.shape}, the start {part.shape}: they must be [B, C] and [C], not empty")
     sizes = np.bincount(part) if part.min() >= 0 else np.zeros(1, np.int64)
