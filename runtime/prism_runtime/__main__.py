@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_runtime.refactor import cli as refactor_cli
-from prism_runtime.refactor import convert_cli
+from prism_runtime.refactor import convert_cli, evaluate_cli
 from prism_runtime.server import budget_cli
 from prism_runtime.server.settings import ServeSettings, add_serve_flags
 
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     budget_cli.add_parser(commands)
     _add_profile(commands)
     refactor_cli.add_parser(commands)
+    evaluate_cli.add_parser(commands)
     convert_cli.add_parser(commands)
     return parser
 

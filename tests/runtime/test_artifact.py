@@ -292,12 +292,21 @@ def test_command_line_makes_and_measures_an_artifact(
 ) -> None:
     text, out = str(source.parent / "text.jsonl"), str(tmp_path / "out")
     arguments = [str(source), "--calibration", text, "--out", out, "--sub-experts", "4"]
-    assert main(["refactor", *arguments, "--points", "500"]) == 0
-    assert main(["evaluate", out, "--text", text, "--sequences", "2", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out.split("\n", 2)[2])
-    assert list(rows) == ["b500", "full"]
-    assert (rows["full"]["relativeQuality"], rows["b500"]["realisedPermille"]) == ("1.0000", 500)
-    assert set(rows["b500"]["klByDomain"]) == {"d0", "d1"}
+    assert main(["refactor", *arguments, "--points", "500", "--policy", "sorted"]) == 0
+    html = tmp_path / "page.html"
+    flags = ["--text", text, "--sequences", "2", "--calibration", text, "--steps", "2", "--json", "--html", str(html)]
+    capsys.readouterr()
+    assert main(["evaluate", out, *flags]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    rows = {(row["family"], row["nominalPermille"]): row for row in measured["rows"]}
+    point = rows["artifact", 500]
+    assert (point["name"], point["realisedPermille"]) == ("b500", 500.0)
+    assert set(point["klByDomain"]) == {"d0", "d1"}
+    assert rows["full", 1000]["kl"]["value"] == pytest.approx(0, abs=1e-6)
+    assert rows["neuron oracle", 500]["kl"]["value"] < rows["static pruning", 500]["kl"]["value"]
+    assert len(point["errorByLayer"]["dense"]) == len(point["realisedByLayer"])
+    assert measured["steps"][0]["stepTokens"] == 2
+    assert html.read_text().startswith("<!doctype html>")
 
 
 def test_command_line_refuses_with_one_sentence_and_status_2(

@@ -1,7 +1,6 @@
-"""The commands `prism-runtime refactor`, `merge` and `evaluate`. Heavy imports wait until one of them runs."""
+"""The commands `prism-runtime refactor` and `merge`. Heavy imports wait until one of them runs."""
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -43,13 +42,6 @@ def add_parser(commands: CommandParsers) -> None:
     merge.add_argument("work", type=Path, nargs="+", metavar="WORK", help="work folder of one or more shards")
     merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the artifact")
     merge.set_defaults(run=run_merge)
-
-    evaluate = commands.add_parser("evaluate", help="measure the quality of an artifact's operating points on text")
-    evaluate.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    evaluate.add_argument("--text", type=Path, required=True, metavar="FILE", help=".jsonl or plain text, or .gz")
-    evaluate.add_argument("--sequences", type=int, metavar="N", help="most sequences of 256 tokens a domain (all)")
-    evaluate.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    evaluate.set_defaults(run=run_evaluate)
 
 
 class _Described(argparse.RawDescriptionHelpFormatter):
@@ -177,38 +169,6 @@ def run_merge(arguments: argparse.Namespace) -> int:
 def _print_points(manifest: "Manifest") -> int:
     for point in manifest.operating_points:
         print(f"{point.name:8} relative quality {point.relative_quality}, at least {point.relative_quality_low}")
-    return 0
-
-
-def run_evaluate(arguments: argparse.Namespace) -> int:
-    from prism_runtime.refactor.recipe import evaluate_artifact
-
-    try:
-        quality = evaluate_artifact(arguments.artifact, arguments.text, arguments.sequences)
-    except (ValueError, OSError) as error:
-        return _refuse(error)
-    rows = {
-        name: {
-            "relativeQuality": str(measured.relative_quality),
-            "relativeQualityLow": str(measured.relative_quality_low),
-            "kl": measured.kl.to_wire(),
-            "klByDomain": measured.by_domain,
-            "sameTop1": measured.same_top1,
-            "realisedPermille": measured.realised_permille,
-        }
-        for name, measured in quality.items()
-    }
-    if arguments.json:
-        print(json.dumps(rows, indent=1))
-        return 0
-    print("point            KL, nats     p99 same top-1 realised  quality      low  worst domain, its KL")
-    for name, measured in quality.items():
-        worst = max(measured.by_domain, key=measured.by_domain.__getitem__)
-        print(
-            f"{name:8} {measured.kl.mean:8.4f} ± {measured.kl.standard_error:.4f} {measured.kl.p99:7.3f} "
-            f"{measured.same_top1:10.3f} {measured.realised_permille:8} {measured.relative_quality:>8} "
-            f"{measured.relative_quality_low:>8}  {worst} {measured.by_domain[worst]:.4f}"
-        )
     return 0
 
 

@@ -43,6 +43,12 @@ class PointQuality:
         return _quality(self.kl.mean + 1.96 * self.kl.standard_error)
 
 
+def relative_quality(kl: Sequence[float], domains: Sequence[str]) -> tuple[Decimal, Decimal]:
+    """(relative quality, lower end of its 95 % interval) of per-sequence KL. Raises ValueError as `require_spread`."""
+    mean, standard_error, _ = clustered_mean(kl, domains)
+    return _quality(mean), _quality(mean + 1.96 * standard_error)
+
+
 def _quality(nats: float) -> Decimal:
     """exp(-nats) cut to four digits, never rounded up: a floor must not be met by rounding."""
     return Decimal(min(1.0, math.exp(-nats))).quantize(Decimal("0.0001"), rounding=ROUND_DOWN)

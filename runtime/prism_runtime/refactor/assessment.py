@@ -1,0 +1,171 @@
+"""The whole evaluation of an artifact on text, as one document that tables, pages and programs read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prism_runtime.engine.model import load_pretrained
+from prism_runtime.refactor.artifact import open_artifact
+from prism_runtime.refactor.baselines import OracleGate, TopK
+from prism_runtime.refactor.bootstrap import Interval, Resampling
+from prism_runtime.refactor.bytes import Touching, best_selection, interleave, measure_touching
+from prism_runtime.refactor.evaluate import Measurement, Subject, Watching, evaluate_methods, relative_quality
+from prism_runtime.refactor.masked import MaskedModel
+from prism_runtime.refactor.points import kl_at
+from prism_runtime.refactor.progress import Reporter
+from prism_runtime.refactor.subjects import (
+    ARTIFACT,
+    ORACLE,
+    TOP_K,
+    TOP_K_RENORMALISED,
+    artifact_subjects,
+    baseline_subjects,
+    cut_of,
+    step_subjects,
+)
+from prism_runtime.refactor.text import TokenSequence, cut_sequences, read_documents
+
+Json = dict[str, Any]
+
+THRESHOLD_SEQUENCES = 24
+"""Some 6,000 tokens put a threshold's realised share within about 1 % of the asked one."""
+BYTE_SHARES = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True, slots=True)
+class AssessmentOptions:
+    """sequences    most of a domain; None takes all
+    calibration  text for static baselines; None leaves them out
+    baselines    measure them at all
+    step_tokens  sizes of decode batches whose touched bytes are measured; empty measures none
+    """
+
+    sequences: int | None = None
+    calibration: Path | None = None
+    baselines: bool = True
+    step_tokens: Sequence[int] = ()
+
+
+def assess_artifact(directory: Path, texts: Sequence[Path], options: AssessmentOptions, reporter: Reporter) -> Json:
+    """Measure every operating point of an artifact, and the baselines, on the text files.
+
+    The numbers are of the float32 masked forward, which the kernels are held to elsewhere. Raises ArtifactRefused,
+    TextRefused, or ValueError if a domain has one sequence only or a step more tokens than there are sequences.
+    """
+    artifact = open_artifact(directory)
+    cut = cut_of(artifact)
+    length = artifact.manifest.calibration.sequence_length
+    model, tokenizer = load_pretrained(directory)
+
+    def read(paths: Sequence[Path], most: int | None) -> list[TokenSequence]:
+        return cut_sequences([each for path in paths for each in read_documents(path)], tokenizer, length, most)
+
+    sequences = read(texts, options.sequences)
+    resampling = Resampling([sequence.domain for sequence in sequences])
+    masked = MaskedModel(model)
+    subjects = artifact_subjects(artifact)
+    if options.baselines:
+        reporter.say("Setting the baselines' thresholds.")
+        held = interleave(sequences)[:THRESHOLD_SEQUENCES]
+        known = None
+        if options.calibration is not None:
+            known = interleave(read([options.calibration], None))[: 4 * THRESHOLD_SEQUENCES]
+        subjects += baseline_subjects(masked, cut, held, known)
+    watching = Watching(cut.layers, cut.sub_experts, OracleGate(ORACLE, cut.groups(), cut.sub_experts))
+    with reporter.bar("evaluate", len(sequences), "sequences") as advance:
+        rows = evaluate_methods(masked, sequences, [*subjects, _everything(cut.top_k)], watching, advance)
+    touched: dict[int, list[Touching]] = {}
+    for size in options.step_tokens:
+        reporter.say(f"Counting the bytes that steps of {size} tokens touch.")
+        touched[size] = measure_touching(masked, sequences, step_subjects(artifact, cut), size)
+    return {
+        "artifact": artifact.manifest.source.name,
+        "texts": [path.name for path in texts],
+        "sequences": len(sequences),
+        "sequenceLength": length,
+        "shape": artifact.manifest.shape.to_wire(),
+        "rows": [_row(row, rows, resampling, sequences) for row in rows],
+        "steps": [_step(size, measured, interleave(sequences)) for size, measured in touched.items()],
+    }
+
+
+def _everything(top_k: int) -> Subject:
+    """The masked model with nothing masked: what its summation order costs, and the full model's own perplexity."""
+    return Subject("full", 1.0, TopK(top_k))
+
+
+def _row(
+    row: Measurement, rows: Sequence[Measurement], resampling: Resampling, sequences: Sequence[TokenSequence]
+) -> Json:
+    domains = [sequence.domain for sequence in sequences]
+    quality, low = relative_quality(row.kl.tolist(), domains)
+    loss = resampling.mean(row.cross_entropy)
+    return {
+        "family": row.family,
+        "name": row.name,
+        "nominalPermille": round(1000 * row.nominal),
+        "realisedPermille": round(1000 * row.realised, 1),
+        "relativeQuality": str(quality),
+        "relativeQualityLow": str(low),
+        "kl": _interval(resampling.mean(row.kl)) | {"median": row.median, "p99": row.p99, "max": row.largest},
+        "klByDomain": {name: float(row.kl[np.array(domains) == name].mean()) for name in dict.fromkeys(domains)},
+        "crossEntropy": _interval(loss),
+        "perplexity": float(np.exp(loss.value)),
+        "sameTop1": resampling.mean(row.same_top1).value,
+        "flips": {"lost": resampling.mean(row.lost).value, "gained": resampling.mean(row.gained).value},
+        "topKOver": _against_top_k(row, rows, resampling),
+        "realisedByLayer": row.realised_by_layer,
+        "errorByLayer": {
+            "sparse": row.sparse.error if row.sparse else None,
+            "dense": row.dense.error if row.dense else None,
+        },
+        "energyByLayer": {
+            "captured": row.sparse.captured if row.sparse else None,
+            "capturable": row.sparse.capturable if row.sparse else None,
+        },
+        "usageByDomain": row.sparse.usage if row.sparse else {},
+        "klBySequence": row.kl.tolist(),
+    }
+
+
+def _against_top_k(row: Measurement, rows: Sequence[Measurement], resampling: Resampling) -> Json | None:
+    """KL of the better plain top-k at this row's realised budget, divided by the row's; None outside of top-k's range.
+
+    Between two whole numbers of experts, linear in log KL of each sequence.
+    """
+    if row.family != ARTIFACT or not row.kl.any():
+        return None
+    candidates = []
+    for family in (TOP_K, TOP_K_RENORMALISED):
+        curve = [each for each in rows if each.family == family]
+        if curve:
+            cost, kl = np.array([each.realised for each in curve]), np.array([each.kl for each in curve])
+            at = kl_at(cost, kl, row.realised)
+            if at is not None:
+                candidates.append(at)
+    if not candidates:
+        return None
+    better = min(candidates, key=lambda kl: resampling.mean(kl).value)
+    return _interval(resampling.ratio(better, row.kl))
+
+
+def _step(size: int, measured: Sequence[Touching], mixed: Sequence[TokenSequence]) -> Json:
+    best = {share: best_selection(measured, share) for share in BYTE_SHARES}
+    return {
+        "stepTokens": size,
+        "points": [
+            {"selection": each.selection, "name": each.name, "touchedShare": each.share, "kl": float(each.kl.mean())}
+            for each in measured
+        ],
+        "atShare": [
+            {"touchedShare": share, "kl": {selection: float(kl.mean()) for selection, kl in found.items()}}
+            for share, found in best.items()
+        ],
+    }
+
+
+def _interval(interval: Interval) -> Json:
+    return {"value": interval.value, "low": interval.low, "high": interval.high}
