@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_runtime.refactor import native, swap
+from prism_runtime import native
+from prism_runtime.refactor import swap
 from prism_runtime.refactor.swap import SOURCE, geometric, mass_deltas, mass_search, swap_search
 
 Array = npt.NDArray[np.float32]

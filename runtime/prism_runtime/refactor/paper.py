@@ -117,17 +117,17 @@ def gate_neurons(magnitudes: Tensor, settings: PaperSettings) -> Tensor:
     magnitudes [R, C], neurons in the order of the partition. A neuron is active for a row if it is among the largest
     `active_share`; two are co-active as often as both are; centrality is the sum over the neuron's sub-expert.
     """
-    groups = settings.sub_experts
-    scope = magnitudes.view(len(magnitudes), 1 if settings.coactivation == "expert" else groups, -1)
+    (rows, neurons), groups = magnitudes.shape, settings.sub_experts
+    scopes = 1 if settings.coactivation == "expert" else groups
+    scope = magnitudes.view(rows, scopes, neurons // scopes)
     active = torch.zeros_like(scope, dtype=torch.float32)
     largest = scope.topk(max(1, round(settings.active_share * scope.shape[-1])), dim=-1).indices
     active.scatter_(-1, largest, 1.0)
-    grouped = active.view(len(magnitudes), groups, -1)
+    grouped = active.view(rows, groups, neurons // groups)
     # Row sums of Z'Z without the matrix: a neuron's rows, weighted by how many of its sub-expert are active there.
     centrality = torch.einsum("rnd,rn->nd", grouped, grouped.sum(-1))
-    size = grouped.shape[-1]
     central = centrality.argsort(dim=1, descending=True, stable=True)[:, : settings.gate_neurons]
-    return central + torch.arange(groups)[:, None] * size
+    return central + torch.arange(groups)[:, None] * (neurons // groups)
 
 
 def rank_pattern(active: int, ranks: int, sub_experts: int) -> list[int]:
