@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prism_runtime.kernels import aot
-from prism_runtime.kernels.triton_moe import UnsupportedActivation, recognise
+from prism_runtime.kernels.activations import UnsupportedActivation, recognise
 
 HELD = Path(__file__).parent / "triton" / "aot.json"
 INTERPRETED = Path(__file__).parent / "triton" / "interpreted.py"

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from prism_runtime.engine.cache import CacheRows, SlotCache
 from prism_runtime.engine.experts_hook import UnsupportedModel, bind_gates, bind_plan, experts_modules, pack
-from prism_runtime.kernels.contract import GatedLayer
+from prism_runtime.kernels.contract import GatedLayer, kernel_of_device
 from prism_runtime.kernels.plan import PADDING, PlanTables, PlanTensor
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
@@ -62,7 +62,7 @@ class ElasticModel:
             raise UnsupportedModel(
                 f"attention layers of type {sorted(unknown)} cannot be served; known are {sorted(LAYER_TYPES)}"
             )
-        pack(model, tables.sub_experts)
+        pack(model, tables.sub_experts, kernel_of_device(model.device.type))
         layers = len(experts_modules(model))
         if tables.count.shape[1] != layers:
             raise ValueError(f"the plan has tables for {tables.count.shape[1]} MoE layers, the model has {layers}")

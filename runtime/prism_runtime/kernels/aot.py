@@ -23,7 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prism_runtime.kernels.triton_experts import SILU, sub_expert_down, sub_expert_up
+from prism_runtime.kernels.activations import SILU
+from prism_runtime.kernels.triton_experts import sub_expert_down, sub_expert_up
 from prism_runtime.kernels.triton_moe import DECODE_ROWS, OPTIONS, PREFILL_ROWS
 
 INTEGER, BYTE = "*i32", "*i8"

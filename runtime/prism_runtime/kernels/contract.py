@@ -104,10 +104,19 @@ class SubExpertKernel(Protocol):
     ) -> Tensor: ...
 
 
-REFERENCE, TRITON = "reference", "triton"
+REFERENCE, CPU, TRITON = "reference", "cpu", "triton"
 
-_MODULES = {REFERENCE: "prism_runtime.kernels.reference", TRITON: "prism_runtime.kernels.triton_moe"}
+_MODULES = {
+    REFERENCE: "prism_runtime.kernels.reference",
+    CPU: "prism_runtime.kernels.cpu_moe",
+    TRITON: "prism_runtime.kernels.triton_moe",
+}
 """Imported when asked for: a kernel may need a compiler or a device that this machine does not have."""
+
+
+def kernel_of_device(device_type: str) -> str:
+    """The kernel that serves on a kind of device: "cpu", "cuda" (NVIDIA and AMD). Others run the reference."""
+    return {"cpu": CPU, "cuda": TRITON}.get(device_type, REFERENCE)
 
 
 def load_kernel(name: str) -> SubExpertKernel:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prism_runtime.kernels.contract import CompensationWeights, GatedLayer
+from prism_runtime.kernels.contract import CompensationWeights, ExpertWeights, GatedLayer
 from prism_runtime.kernels.plan import BATCH, PlanTensor
 from prism_runtime.kernels.selection import floor_cells, gate_scores, keep_above, keep_highest, log_token_factor
 
@@ -15,6 +15,45 @@ def require_gate(gated: GatedLayer | None, residual_rms: Tensor | None) -> tuple
             "a row stands at a point with thresholds, and this layer has no gate; bind the artifact's gates"
         )
     return gated, residual_rms
+
+
+def cells_to_run(
+    hidden: Tensor,
+    expert_ids: Tensor,
+    router_weights: Tensor,
+    layer: int,
+    plan: PlanTensor,
+    weights: ExpertWeights,
+    gated: GatedLayer | None,
+    residual_rms: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(cells that run [T, K, N], what compensation adds [T, H] or None) for rows at any points; charges the plan.
+
+    For kernels that take any subset of cells. Arguments as `contract.SubExpertKernel` has them.
+    """
+    experts, sub_experts = weights.w1.shape[:2]
+    counts = plan.row_counts(layer)
+    ours = expert_ids < experts
+    by_rank = counts if counts.shape[1] == 1 else counts.gather(1, ranks(router_weights))
+    slot_count = torch.where(ours, by_rank, 0)
+    plan.ran += slot_count.sum()
+    plan.routed += (ours & (counts[:, :1] > 0)).sum() * sub_experts
+    keep = torch.arange(sub_experts, device=hidden.device) < slot_count[..., None]
+    if not plan.gated_rows:
+        return keep, None
+    gated, residual_rms = require_gate(gated, residual_rms)
+    rows, chosen, added = choose_cells(
+        hidden, expert_ids, router_weights, residual_rms, layer, plan, gated, weights.w2.shape[2]
+    )
+    keep[rows] = chosen
+    if added is None:
+        return keep, None
+    return keep, torch.zeros_like(hidden, dtype=torch.float32).index_copy_(0, rows, added)
+
+
+def ranks(router_weights: Tensor) -> Tensor:
+    """[T, K] -> [T, K] int64: 0 for a token's heaviest expert. Not every router returns its experts in that order."""
+    return router_weights.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 def choose_cells(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prism_runtime.kernels.contract import ExpertWeights, GatedLayer
-from prism_runtime.kernels.gating import choose_cells, require_gate
+from prism_runtime.kernels.gating import choose_cells, ranks, require_gate
 from prism_runtime.kernels.plan import PlanTensor
 
 LAUNCH_MULTIPLY_ADDS = 500_000
@@ -51,11 +51,6 @@ def sub_expert_moe(
     if added is not None:
         chosen += added.to(chosen.dtype)
     return out.index_add_(0, rows, chosen)
-
-
-def ranks(router_weights: Tensor) -> Tensor:
-    """[T, K] -> [T, K] int64: 0 for a token's heaviest expert. Not every router returns its experts in that order."""
-    return router_weights.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 # -- prefix points -----------------------------------------------------------------------------------------------

@@ -8,11 +8,8 @@ sub-expert is one contiguous record of each. Sums are float32. Nothing here need
 import triton
 import triton.language as tl
 
-SILU, CLAMPED = 0, 1
-"""Activations: silu(gate) * up, and GPT-OSS's clamped form."""
-
 CLAMP_LIMIT, CLAMP_ALPHA = tl.constexpr(7.0), tl.constexpr(1.702)
-"""Of GPT-OSS (transformers' GptOssExperts)."""
+"""Of the activation `activations.CLAMPED`; 0 below is `activations.SILU`."""
 
 
 @triton.jit

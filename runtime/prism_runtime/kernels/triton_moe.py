@@ -5,19 +5,18 @@ device, so a graph goes on to be right when `keep` changes where it lies.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from prism_runtime.kernels.contract import Activation, ExpertWeights, GatedLayer
-from prism_runtime.kernels.gating import choose_cells, require_gate
+from prism_runtime.kernels.activations import recognise
+from prism_runtime.kernels.contract import ExpertWeights, GatedLayer
+from prism_runtime.kernels.gating import cells_to_run
 from prism_runtime.kernels.plan import PlanTensor
-from prism_runtime.kernels.reference import ranks
 from prism_runtime.kernels.routing import slot_blocks, sub_expert_blocks
-from prism_runtime.kernels.triton_experts import CLAMPED, SILU, sub_expert_down, sub_expert_up
+from prism_runtime.kernels.triton_experts import sub_expert_down, sub_expert_up
 
 DECODE_ROWS, PREFILL_ROWS = 16, 64
 """Rows of a tile. 16 is the least that tensor cores take; 128 spills registers on sm_80."""
@@ -26,10 +25,6 @@ PREFILL_FROM_TOKENS = 256
 NEURONS, COLUMNS, DEPTH = 64, 64, 64
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 """Fusion is said, because its default changes with Triton 3.10."""
-
-
-class UnsupportedActivation(ValueError):
-    """The experts' activation is none that the programs compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +56,9 @@ def sub_expert_moe(
     residual_rms: Tensor | None = None,
 ) -> Tensor:
     """See `contract.SubExpertKernel`."""
-    experts, sub_experts = weights.w1.shape[:2]
-    counts = plan.row_counts(layer)
-    ours = expert_ids < experts
-    by_rank = counts if counts.shape[1] == 1 else counts.gather(1, ranks(router_weights))
-    slot_count = torch.where(ours, by_rank, 0)
-    plan.ran += slot_count.sum()
-    plan.routed += (ours & (counts[:, :1] > 0)).sum() * sub_experts
-    keep = torch.arange(sub_experts, device=hidden.device) < slot_count[..., None]
-    how = tiling(len(hidden))
-    if not plan.gated_rows:
-        return run_kept(hidden, expert_ids, router_weights, keep, weights, how)
-    gated, residual_rms = require_gate(gated, residual_rms)
-    rows, chosen, added = choose_cells(
-        hidden, expert_ids, router_weights, residual_rms, layer, plan, gated, weights.w2.shape[2]
-    )
-    keep[rows] = chosen
-    out = run_kept(hidden, expert_ids, router_weights, keep, weights, how)
-    return out if added is None else out.index_add_(0, rows, added.to(out.dtype))
+    keep, added = cells_to_run(hidden, expert_ids, router_weights, layer, plan, weights, gated, residual_rms)
+    out = run_kept(hidden, expert_ids, router_weights, keep, weights, tiling(len(hidden)))
+    return out if added is None else out + added.to(out.dtype)
 
 
 def run_kept(
@@ -129,25 +109,6 @@ def run_kept(
         bias_of = weights.b2.float()[expert_ids.clamp(max=experts - 1)]
         out += (bias_of * (router_weights.float() * running)[..., None]).sum(1)
     return out.to(hidden.dtype)
-
-
-@lru_cache(maxsize=64)
-def recognise(activation: Activation) -> int:
-    """Which of the programs' activations this function is, by what it computes. Raises UnsupportedActivation."""
-    gate, up = (axis.reshape(-1) for axis in torch.meshgrid(*[torch.linspace(-9, 9, 37)] * 2, indexing="ij"))
-    found = activation(gate, up)
-    clamped = gate.clamp(max=7.0)
-    known = {
-        SILU: torch.nn.functional.silu(gate) * up,
-        CLAMPED: (up.clamp(-7.0, 7.0) + 1) * clamped * torch.sigmoid(1.702 * clamped),
-    }
-    for kind, expected in known.items():
-        if torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
-            return kind
-    raise UnsupportedActivation(
-        "the experts' activation is neither silu(gate) * up nor GPT-OSS's clamped form with limit 7 and alpha 1.702; "
-        "use the kernel 'reference' for this model"
-    )
 
 
 def _tile(most: int, size: int) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from prism_runtime.refactor import native
+from prism_runtime import native
 from prism_runtime.refactor.layer_search import (
     ExpertSearch,
     PartitionSettings,

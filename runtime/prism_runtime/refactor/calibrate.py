@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prism_runtime.engine.experts_hook import activation_of, experts_modules, fused_biases, fused_projections
-from prism_runtime.kernels.reference import ranks
+from prism_runtime.kernels.gating import ranks
 from prism_runtime.refactor.partition import Saliency
 from prism_runtime.refactor.text import TokenSequence
 from prism_runtime.refactor.trace import batches, trace_experts

@@ -1,7 +1,7 @@
 """Compiles this package's C at first use and loads it; says no where that cannot be done.
 
 A wheel of pure Python stays one wheel for every platform, and the code is compiled for the very processor it runs on.
-Callers hold a NumPy twin that gives the same result, so "no" costs time and nothing else.
+Callers hold another way to the same result, so "no" costs time and nothing else.
 """
 
 import ctypes
@@ -17,8 +17,9 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC")
-"""No -ffast-math, and no fused multiply-add: each would round otherwise than the NumPy twins do."""
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
+SAME_BITS = ("-ffp-contract=off",)
+"""Also without fused multiply-adds, which round otherwise than a twin in NumPy does. -ffast-math is never used."""
 COMPILE_TIMEOUT_S = 120
 
 
@@ -29,7 +30,7 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def library(source: Path) -> ctypes.CDLL | None:
+def library(source: Path, extra_flags: tuple[str, ...] = SAME_BITS) -> ctypes.CDLL | None:
     """The shared library of one C file, compiled unless the cache has it. None where it cannot be compiled or loaded.
 
     The compiler is $CC, or the first of cc, gcc and clang. Processes that compile the same file at the same time each
@@ -38,25 +39,23 @@ def library(source: Path) -> ctypes.CDLL | None:
     """
     compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
     if compiler is None:
-        log.warning(
-            "no C compiler (cc, gcc, clang or $CC): %s runs in NumPy, up to a hundred times slower", source.stem
-        )
+        log.warning("no C compiler (cc, gcc, clang or $CC): %s runs in Python, much slower", source.stem)
         return None
     try:
-        return ctypes.CDLL(str(_compiled(source, compiler)))
+        return ctypes.CDLL(str(_compiled(source, compiler, extra_flags)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
-        log.warning("%s cannot be compiled with %s, it runs in NumPy: %s", source.name, compiler, detail)
+        log.warning("%s cannot be compiled with %s, it runs in Python: %s", source.name, compiler, detail)
         return None
 
 
-def _compiled(source: Path, compiler: str) -> Path:
+def _compiled(source: Path, compiler: str, extra_flags: tuple[str, ...]) -> Path:
     text = source.read_bytes()
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S
     )
     key = hashlib.sha256(text)
-    for part in (compiler, version.stdout, *FLAGS, _processor()):
+    for part in (compiler, version.stdout, *FLAGS, *extra_flags, _processor()):
         key.update(b"\0" + part.encode())
     target = cache_folder() / f"{source.stem}-{key.hexdigest()[:24]}.so"
     if target.is_file():
@@ -65,7 +64,7 @@ def _compiled(source: Path, compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".compile-") as scratch:
         output = Path(scratch) / target.name
         subprocess.run(
-            [compiler, *FLAGS, "-o", str(output), str(source)],
+            [compiler, *FLAGS, *extra_flags, "-o", str(output), str(source)],
             capture_output=True,
             text=True,
             check=True,
