@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from prism_runtime.refactor.baselines import RandomSubExperts, calibrate_threshold
-from prism_runtime.refactor.gate_first import GateFirst, share_to_keep
+from prism_runtime.refactor.elastic import ElasticMethod
+from prism_runtime.refactor.fit import RecipeSettings, fit_gates
+from prism_runtime.refactor.gate_first import GateFirst, SlicesThenNeurons, share_to_keep
 from prism_runtime.refactor.masked import MaskedModel, capture
 from prism_runtime.refactor.method import Choice, Slots
 from prism_runtime.refactor.text import TokenSequence
+from prism_runtime.refactor.thresholds import calibrate_thresholds, everything
 from tests.runtime.models import LAYERS, prompts, tiny_model
 
 torch.set_num_threads(1)
@@ -77,6 +80,49 @@ def test_threshold_spends_the_budget_and_loses_less_than_chance(budget: float) -
     chance = divergence(RandomSubExperts(round(share_to_keep(budget) * 2 * neurons), neurons))
     assert realised == pytest.approx(budget, abs=0.01)
     assert chosen < 0.7 * chance
+
+
+def slices(masked: MaskedModel, sequences: list[TokenSequence], budget: float) -> ElasticMethod:
+    rows, settings = capture(masked.model, sequences), RecipeSettings(sub_experts=4, kappa=None)
+    metric = [torch.eye(masked.experts[0].down.shape[2])] * LAYERS
+    gates = fit_gates(masked, rows, metric, [None] * LAYERS, settings)
+    return calibrate_thresholds(masked, sequences, ElasticMethod(gates, everything(LAYERS)), budget)
+
+
+def slices_then_neurons(masked: MaskedModel, sequences: list[TokenSequence], cut: ElasticMethod) -> SlicesThenNeurons:
+    metric = [torch.eye(masked.experts[0].down.shape[2])] * LAYERS
+    return SlicesThenNeurons("both", masked.experts, capture(masked.model, sequences), metric, cut)
+
+
+def test_slices_then_neurons_runs_no_neuron_of_a_dropped_slice_and_spares_its_gate_rows() -> None:
+    masked, sequences = MaskedModel(tiny_model("mixtral")), text([40] * 8)
+    cut = slices(masked, sequences, 0.6)
+    method = slices_then_neurons(masked, sequences, cut)
+    masked.reset()
+    masked.log_probabilities(sequences, cut)
+    of_slices, gate_cost = masked.realised, 4 / 3 / masked.experts[0].down.shape[1]
+
+    def realised(threshold: float) -> float:
+        method.log_tau = torch.full((LAYERS,), threshold)
+        masked.reset()
+        found = masked.log_probabilities(sequences, method)
+        if threshold == -torch.inf:
+            torch.testing.assert_close(found, masked.log_probabilities(sequences, cut))
+        return masked.realised
+
+    assert realised(-torch.inf) == pytest.approx(of_slices)
+    # Without a kept neuron later layers see another trajectory, so only the share that survives may differ a little.
+    assert realised(torch.inf) == pytest.approx((of_slices - gate_cost) / 3 + gate_cost, abs=0.03)
+
+
+def test_slices_then_neurons_spends_its_budget() -> None:
+    masked, sequences = MaskedModel(tiny_model("mixtral")), text([40] * 8)
+    gate_cost = 4 / 3 / masked.experts[0].down.shape[1]
+    method = slices_then_neurons(masked, sequences, slices(masked, sequences, 0.7 + gate_cost))
+    calibrate_threshold(masked, method, sequences, share_to_keep(0.5, 0.7, gate_cost), per_layer=True)
+    masked.reset()
+    masked.log_probabilities(sequences, method)
+    assert masked.realised == pytest.approx(0.5, abs=0.02)
 
 
 def test_budget_below_the_gate_projections_cost_is_refused() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prism_runtime.refactor.baselines import ThresholdGate
+from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.masked import Experts, LayerRows
 from prism_runtime.refactor.method import Choice, Slots
 from prism_runtime.refactor.metric import ordinary
@@ -54,11 +55,54 @@ class GateFirst(ThresholdGate):
         return Choice(keep=sub_experts, router_weights=slots.router_weights, added=None, extra=saved)
 
 
-def share_to_keep(budget: float) -> float:
-    """Share of the neurons that may run at `budget` once the gate projection is paid. Raises ValueError below that."""
-    if budget <= GATE_SHARE:
-        raise ValueError(f"budget {budget} is below {GATE_SHARE:.3f}, what the gate projection alone costs")
-    return (budget - GATE_SHARE) / (1 - GATE_SHARE)
+class SlicesThenNeurons(GateFirst):
+    """Whole sub-experts drop out by their predicted norms, and only the others' gate projection runs.
+
+    A neuron then runs iff its sub-expert does and its own score reaches the threshold. Against `GateFirst` this saves
+    the gate rows of sub-experts in which hardly a neuron would run.
+
+    slices  cuts the experts; its thresholds say which sub-experts stay, and it pays for their prediction
+    """
+
+    def __init__(
+        self,
+        name: str,
+        experts: Sequence[Experts],
+        rows: Sequence[LayerRows],
+        metric: Sequence[Tensor],
+        slices: ElasticMethod,
+    ) -> None:
+        super().__init__(name, experts, rows, metric)
+        self._slices = slices
+
+    def log_scores(self, slots: Slots) -> Tensor:
+        surviving, _ = self._surviving(slots)
+        return super().log_scores(slots).masked_fill(~surviving, -torch.inf)
+
+    def keep(self, slots: Slots, sub_experts: Tensor) -> Choice:
+        surviving, cost = self._surviving(slots)
+        kept = sub_experts & surviving
+        saved = GATE_SHARE * (surviving & ~kept).sum((1, 2))
+        return Choice(keep=kept, router_weights=slots.router_weights, added=None, extra=saved + cost)
+
+    def _surviving(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        """(neurons [T, K, C] of the sub-experts that stay, cost [T] of choosing those)."""
+        cells, cost = self._slices.cells(slots)
+        return cells.repeat_interleave(slots.activations.shape[2] // cells.shape[2], dim=2), cost
+
+
+def share_to_keep(budget: float, surviving: float = 1.0, gate_cost: float = 0.0) -> float:
+    """Share of all neurons that may run at `budget` once the gate projection is paid.
+
+    surviving  share of the neurons whose gate projection runs
+    gate_cost  of choosing them, as a share of the routed neurons
+
+    Raises ValueError if the budget does not pay for that.
+    """
+    paid = GATE_SHARE * surviving + gate_cost
+    if budget <= paid:
+        raise ValueError(f"budget {budget} is below {paid:.3f}, what the gate projection alone costs")
+    return min((budget - paid) / (1 - GATE_SHARE), surviving)
 
 
 def _opening(experts: Experts, expert: int, x: Tensor) -> Tensor:
