@@ -303,6 +303,7 @@ def test_command_line_makes_and_measures_an_artifact(
     assert (point["name"], point["realisedPermille"]) == ("b500", 500.0)
     assert set(point["klByDomain"]) == {"d0", "d1"}
     assert rows["full", 1000]["kl"]["value"] == pytest.approx(0, abs=1e-6)
+    assert 500 < rows["paper", 500]["realisedPermille"] < 1000  # its gate costs beside what it keeps
     assert rows["neuron oracle", 500]["kl"]["value"] < rows["static pruning", 500]["kl"]["value"]
     assert len(point["errorByLayer"]["dense"]) == len(point["realisedByLayer"])
     assert measured["steps"][0]["stepTokens"] == 2

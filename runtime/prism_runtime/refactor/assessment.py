@@ -24,6 +24,7 @@ from prism_runtime.refactor.subjects import (
     artifact_subjects,
     baseline_subjects,
     cut_of,
+    paper_subjects,
     step_subjects,
 )
 from prism_runtime.refactor.text import TokenSequence, cut_sequences, read_documents
@@ -65,14 +66,14 @@ def assess_artifact(directory: Path, texts: Sequence[Path], options: AssessmentO
 
     sequences = read(texts, options.sequences)
     resampling = Resampling([sequence.domain for sequence in sequences])
+    known = None
+    if options.baselines and options.calibration is not None:
+        known = interleave(read([options.calibration], None))[: 4 * THRESHOLD_SEQUENCES]
     masked = MaskedModel(model)
     subjects = artifact_subjects(artifact)
     if options.baselines:
         reporter.say("Setting the baselines' thresholds.")
         held = interleave(sequences)[:THRESHOLD_SEQUENCES]
-        known = None
-        if options.calibration is not None:
-            known = interleave(read([options.calibration], None))[: 4 * THRESHOLD_SEQUENCES]
         subjects += baseline_subjects(masked, cut, held, known)
     watching = Watching(cut.layers, cut.sub_experts, OracleGate(ORACLE, cut.groups(), cut.sub_experts))
     with reporter.bar("evaluate", len(sequences), "sequences") as advance:
@@ -81,6 +82,11 @@ def assess_artifact(directory: Path, texts: Sequence[Path], options: AssessmentO
     for size in options.step_tokens:
         reporter.say(f"Counting the bytes that steps of {size} tokens touch.")
         touched[size] = measure_touching(masked, sequences, step_subjects(artifact, cut), size)
+    if known is not None:
+        reporter.say("Searching the published method's partition.")
+        published = paper_subjects(masked, cut, known)
+        with reporter.bar("evaluate it", len(sequences), "sequences") as advance:
+            rows += evaluate_methods(masked, sequences, published, advance=advance)
     return {
         "artifact": artifact.manifest.source.name,
         "texts": [path.name for path in texts],

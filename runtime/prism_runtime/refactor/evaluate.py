@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from decimal import ROUND_DOWN, Decimal
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from prism_api.manifest import Divergence
 from prism_runtime.refactor.baselines import MaskedForward, OracleGate
 from prism_runtime.refactor.bootstrap import Floats
 from prism_runtime.refactor.method import Method
+from prism_runtime.refactor.points import Candidates, Run
 from prism_runtime.refactor.text import TokenSequence
 from prism_runtime.refactor.trace import PackedModel, batches
 from prism_runtime.refactor.watch import Observation, Watch
@@ -239,6 +241,21 @@ class _Sums:
             sparse=sparse,
             dense=dense,
         )
+
+
+def candidates_of(rows: Sequence[Measurement]) -> Candidates:
+    """One method's budgets as candidates for operating points."""
+    return Candidates(
+        np.array([row.nominal for row in rows]),
+        np.array([row.realised for row in rows]),
+        np.stack([row.kl for row in rows]),
+    )
+
+
+def run_of(rows: Sequence[Measurement], domains: Sequence[str]) -> Run:
+    """The same budgets, measured with another calibration or on another text, to see whether they are stable."""
+    means = [clustered_mean(row.kl.tolist(), domains)[0] for row in rows]
+    return Run(np.array([row.realised for row in rows]), np.array(means))
 
 
 def _watch(subject: Subject, watching: Watching, *, dense: bool) -> Watch:

@@ -19,7 +19,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem;
        margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right; }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 svg { width: 100%; } svg text { font-size: 12px; fill: var(--ink); }
 .grid { stroke: var(--line); } polyline { fill: none; stroke-width: 1.4; } .strong { stroke-width: 3; }

@@ -28,14 +28,19 @@ from prism_runtime.refactor.baselines import (
 from prism_runtime.refactor.bytes import StepSelection, StepSubject
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.evaluate import Subject
-from prism_runtime.refactor.masked import MaskedModel
+from prism_runtime.refactor.masked import MaskedModel, capture
 from prism_runtime.refactor.method import Choice, Method, Slots
+from prism_runtime.refactor.paper import PaperMethod, PaperSettings, fit_paper
 from prism_runtime.refactor.text import TokenSequence
 from prism_runtime.refactor.trace import batches
 
 ARTIFACT = "artifact"
 TOP_K, TOP_K_RENORMALISED = "top-k", "top-k renormalised"
 ORACLE = "oracle gate"
+PAPER = "paper"
+PAPER_SUB_EXPERTS, PAPER_GATE_NEURONS = 4, 4
+PAPER_ROWS = 1500
+"""Of an expert: more make the search longer and its objective better by less than its seeds differ."""
 DENSE_BUDGETS = (0.75, 0.5, 0.25)
 """Where methods are compared if a token has one expert only, and so no whole number of experts to compare with."""
 
@@ -126,21 +131,42 @@ def baseline_subjects(
     return subjects
 
 
+def paper_subjects(masked: MaskedModel, cut: Cut, calibration: Sequence[TokenSequence]) -> list[Subject]:
+    """The published method at the same budgets; `masked`, not permuted before, stands in its partition afterwards.
+
+    Empty if an expert cannot be cut into its four sub-experts.
+    """
+    if cut.neurons % PAPER_SUB_EXPERTS:
+        return []
+    settings = PaperSettings(
+        sub_experts=PAPER_SUB_EXPERTS,
+        gate_neurons=min(PAPER_GATE_NEURONS, cut.neurons // PAPER_SUB_EXPERTS),
+        rows=PAPER_ROWS,
+    )
+    rows = capture(masked.model, calibration)
+    layers = [
+        fit_paper(experts, layer_rows, settings, layer=layer)
+        for layer, (experts, layer_rows) in enumerate(zip(masked.experts, rows, strict=True))
+    ]
+    masked.permute([layer.perm for layer in layers])
+    return [
+        Subject(PAPER, budget, PaperMethod(layers, round(budget * cut.top_k * PAPER_SUB_EXPERTS), cut.top_k))
+        for budget in cut.budgets
+    ]
+
+
 def step_subjects(artifact: Artifact, cut: Cut) -> list[StepSubject]:
     """What is compared at equal weight bytes: the artifact's points, the same gate choosing for whole steps, uniform
     prefixes and plain top-k."""
     subjects = []
-    gated = artifact.gates()
-    # A gate's row is a third of a neuron's weights; every touched expert's are read whole.
-    fixed = cut.sub_experts / (3 * cut.neurons) if gated else 0.0
     for subject in artifact_subjects(artifact):
-        prefix = isinstance(subject.method, Prefix)
-        subjects.append(
-            StepSubject("ranked prefix" if prefix else "token", _always(subject.method), 0.0 if prefix else fixed)
-        )
-        if isinstance(subject.method, ElasticMethod):
-            scores = ElasticScores(subject.method, cut)
-            subjects.append(StepSubject("step", _for_step(scores, subject.nominal), fixed))
+        method = subject.method
+        if isinstance(method, ElasticMethod):
+            fixed = _fixed_reads(method, cut, artifact.manifest.shape.hidden)
+            subjects.append(StepSubject("token", _always(method), fixed))
+            subjects.append(StepSubject("step", _for_step(ElasticScores(method, cut), subject.nominal), fixed))
+        else:
+            subjects.append(StepSubject("ranked prefix", _always(method)))
     for count in range(cut.sub_experts - 1, 0, -1):
         counts = torch.full((cut.layers, cut.top_k), count)
         subjects.append(StepSubject("prefix", _always(Prefix(f"prefix {count}", counts, cut.sub_experts))))
@@ -178,6 +204,18 @@ def _energies(masked: MaskedModel, calibration: Sequence[TokenSequence]) -> list
 def _at_budget(masked: MaskedModel, gate: ThresholdGate, text: Sequence[TokenSequence], budget: float) -> Subject:
     calibrate_threshold(masked, gate, text, budget)
     return Subject(gate.name, budget, gate)
+
+
+def _fixed_reads(method: ElasticMethod, cut: Cut, hidden: int) -> float:
+    """Share of a touched expert's bytes that are read whatever is kept: its gate, and its part of the compensation.
+
+    A neuron is three rows of the hidden width, a gate's output one. What a layer reads once, at least K experts share.
+    """
+    rows = float(cut.sub_experts)
+    if method.compensation is not None:
+        rank = len(method.compensation[0].u)
+        rows += rank * cut.sub_experts / hidden + 2 * rank / cut.top_k
+    return rows / (3 * cut.neurons)
 
 
 def _always(method: Method) -> Callable[[int], Method]:

@@ -18,7 +18,7 @@ from prism_runtime.refactor.bytes import (
     interleave,
     measure_touching,
 )
-from prism_runtime.refactor.evaluate import Subject, Watching, evaluate_methods
+from prism_runtime.refactor.evaluate import Subject, Watching, candidates_of, evaluate_methods, run_of
 from prism_runtime.refactor.method import Method, Slots
 from prism_runtime.refactor.text import TokenSequence
 from prism_runtime.refactor.watch import Watch
@@ -76,6 +76,16 @@ def test_the_full_model_against_itself_has_no_kl_and_no_flips() -> None:
     assert row.kl.tolist() == [0.0, 0.0]
     assert row.same_top1.tolist() == [1.0, 1.0]
     assert row.lost.tolist() == row.gained.tolist() == [0.0, 0.0]
+
+
+def test_measurements_become_candidates_and_runs() -> None:
+    model = TwoTokens()
+    sequences = [*SEQUENCES, *SEQUENCES]
+    rows = evaluate_methods(model, sequences, [Subject("top-k", 0.5, TopK(1)), Subject("top-k", 1.0, TopK(2))])
+    candidates = candidates_of(rows)
+    assert candidates.nominal.tolist() == candidates.realised.tolist() == [0.5, 1.0]
+    assert candidates.kl.shape == (2, 4)
+    assert run_of(rows, ["a", "b", "a", "b"]).kl.tolist() == pytest.approx([0.6 * np.log(4)] * 2)
 
 
 def test_watching_fills_in_layer_errors_on_both_trajectories_and_leaves_the_choice_alone() -> None:
