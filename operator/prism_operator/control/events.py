@@ -23,6 +23,7 @@ WARNINGS = frozenset(
         "SignalsStale",
         "CapacityExhausted",
         "CostCapReached",
+        "QualityBudgetSpent",
         "DirectiveRejected",
         "EnvelopeExpired",
         "PodsUnschedulable",

@@ -218,6 +218,7 @@ class ServiceLoop:
             service.switched_unix_s = time.time()
             service.decisions = ports.recorder.record(self._regarding, moves, service.decisions)
         reporting.post_bridge(ports.events, self._regarding, last, plan)
+        reporting.post_spent_quality(ports.events, self._regarding, last, plan)
 
     def _report(self, policy: ServicePolicy, observation: Observation) -> None:
         elapsed_s = 0.0 if self._last_tick_s is None else observation.now_s - self._last_tick_s

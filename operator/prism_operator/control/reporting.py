@@ -8,7 +8,7 @@ from prism_operator.control.events import Events, Regarding
 from prism_operator.control.recorder import Move
 from prism_operator.control.world import ServiceWorld
 from prism_operator.plan import demand
-from prism_operator.plan.types import BudgetPlan, Observation, ServicePolicy
+from prism_operator.plan.types import BudgetPlan, Observation, Reason, ServicePolicy
 
 
 def budget_moves(last: BudgetPlan | None, plan: BudgetPlan, ladder: Ladder) -> list[Move]:
@@ -34,6 +34,14 @@ def post_bridge(events: Events, regarding: Regarding, last: BudgetPlan | None, p
         events.post(regarding, "BridgeStarted", "PlanBudget", plan.message)
     elif was and not plan.bridging:
         events.post(regarding, "BridgeEnded", "PlanBudget", "all ordered replicas are ready")
+
+
+def post_spent_quality(events: Events, regarding: Regarding, last: BudgetPlan | None, plan: BudgetPlan) -> None:
+    """Say when a class has spent its error budget of quality, once each time."""
+    before = {target.name: target.reason for target in last.classes} if last is not None else {}
+    for target in plan.classes:
+        if target.reason is Reason.QUALITY_BUDGET_SPENT and before.get(target.name) is not target.reason:
+            events.post(regarding, "QualityBudgetSpent", "PlanBudget", f"class '{target.name}': {target.message}")
 
 
 def post_pod_problems(events: Events, regarding: Regarding, service: ServiceWorld, observation: Observation) -> None:

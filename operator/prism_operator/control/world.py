@@ -183,6 +183,11 @@ class ServiceWorld:
             pod_ready_times_s=tuple(self._ready_times_s),
             unix_s=unix_s,
             woken_s=None if self.woken_unix_s is None else self.woken_unix_s + offset_s,
+            degraded_left_s={
+                str(one["name"]): float(one["degradedSecondsLeft"])
+                for one in self.status.get("classes") or []
+                if "degradedSecondsLeft" in one
+            },
         )
 
     def _ordered(self) -> int | None:

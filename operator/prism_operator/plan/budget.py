@@ -7,8 +7,9 @@ Up, one step after a dwell:
     if saturation is below `low`, is predicted to stay below `high` at the point above, and load would fit there with a
     margin, all of it without a break for the dwell.
 
-Classes sink lowest priority first, each to its floor before the next one moves, and rise in reverse. Floors are
-absolute. When every class is at its floor and load still does not fit, classes that allow it are shed, lowest first.
+Which class sinks and rises first is `plan.brownout`'s matter. Floors are absolute, and may be lifted for a time: see
+`plan.floors`. When every class is at its floor and load still does not fit, classes that allow it are shed, lowest
+first.
 
 Worked example: two pods hold 3/s each at `full`, 4.8/s each at `b500`. Load steps from 4/s to 7/s: 7 * 1.05 > 6, so the
 batch class sinks, then the interactive one, until 7.35 fits: seconds, not the minutes of a third pod. The slow loop
@@ -19,10 +20,14 @@ differ in the reason given.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 from prism_api import FULL
 from prism_api.service import BudgetControl
+from prism_operator.plan import floors, starts
+from prism_operator.plan.brownout import by_priority, next_up, steps_down
+from prism_operator.plan.floors import Lift
 from prism_operator.plan.pressure import Pressure, measure
 from prism_operator.plan.types import (
     BudgetPlan,
@@ -46,25 +51,30 @@ def decide(
     After a start `state` is empty: the first plan repeats the points that pods report, and nothing is sent before one
     of them reported.
     """
-    state = _remember_pods(observation, state)
+    state = floors.drain(observation, policy, _remember_pods(observation, state))
     if missing := [p for p in policy.classes if p.name not in state.classes]:
         return _adopt(observation, policy, state, missing)
+    policy, lifts = floors.lifted(observation, policy, state)
+    before = {name: remembered.point for name, remembered in state.classes.items()}
     state = _inside_bounds(policy, state)
     if (fixed := _unsteered(observation, policy, state)) is not None:
         return fixed
     pressure = measure(observation, demand, policy, state)
-    return _steer(observation, policy, state, pressure)
+    return _steer(observation, policy, state, pressure, before, lifts)
 
 
 def _remember_pods(observation: Observation, state: BudgetState) -> BudgetState:
     """Notice ready pods that stopped being ready without having been told to stop."""
-    stopping = {pod.uid for pod in observation.pods if pod.deleting}
+    stopping = {pod.uid for pod in observation.pods if pod.deleting or not pod.serving}
     ready = tuple(pod.uid for pod in observation.ready)
     lost = set(state.known_pods) - set(ready) - stopping
     whole = observation.ordered_replicas is not None and len(ready) >= observation.ordered_replicas
     lost_s = observation.now_s if lost else None if whole else state.lost_s
     # A pod seen deleting is forgotten, so that its disappearance later is not taken for a loss.
-    return replace(state, known_pods=ready, lost_s=lost_s)
+    since_s = observation.now_s if state.bridging_since_s is None else state.bridging_since_s
+    return replace(
+        state, known_pods=ready, lost_s=lost_s, bridging_since_s=since_s if observation.missing > 0 else None
+    )
 
 
 def _adopt(
@@ -84,7 +94,8 @@ def _adopt(
         common = max(held, key=lambda point: (held[point], policy.ladder.index(point)), default=policy.max_point)
         point = policy.ladder.clamp(common, class_policy.floor, policy.max_point)
         cause = Reason.STEADY if point == policy.max_point else Reason.BROWNOUT
-        classes[class_policy.name] = ClassBudgetState(point, observation.now_s, cause=cause)
+        left_s = observation.degraded_left_s.get(class_policy.name)
+        classes[class_policy.name] = ClassBudgetState(point, observation.now_s, cause=cause, degraded_left_s=left_s)
     state = replace(state, classes=classes)
     text = f"repeats what {len(reporting)} pods run at"
     verdicts = {p.name: Verdict(classes[p.name].point, Status.HOLD, Reason.ADOPTED, text) for p in policy.classes}
@@ -118,6 +129,8 @@ def _unsteered(
         assert policy.fixed_point is not None, "Fixed without a point is refused by the CRD"
         points = {p.name: policy.ladder.clamp(policy.fixed_point, p.floor, policy.max_point) for p in policy.classes}
         reason, text = Reason.PINNED, f"budget.control is Fixed at '{policy.fixed_point}', raised to floors"
+    elif observation.ordered_replicas == 0:
+        reason, text = Reason.IDLE, "the service sleeps at zero replicas"
     elif ready == 0:
         status, reason, text = Status.BLOCKED, Reason.SIGNALS_STALE, "no ready pod; nothing to steer"
     elif fresh < ready / 2:
@@ -131,7 +144,12 @@ def _unsteered(
 
 
 def _steer(
-    observation: Observation, policy: ServicePolicy, state: BudgetState, pressure: Pressure
+    observation: Observation,
+    policy: ServicePolicy,
+    state: BudgetState,
+    pressure: Pressure,
+    held: Points,
+    lifts: Mapping[str, Lift],
 ) -> tuple[BudgetPlan, BudgetState]:
     before = {name: remembered.point for name, remembered in state.classes.items()}
     cause = _cause(observation, policy, state, pressure, before)
@@ -146,13 +164,48 @@ def _steer(
     else:
         after, verdicts, state = _raised(observation, policy, state, pressure, before, cause, why_down)
     state = _admission(policy, state, pressure, after)
+    verdicts = _with_lifts(verdicts, lifts, held)
+    verdicts = _with_stuck_bridge(observation, policy, state, verdicts)
     return assemble(observation, policy, state, verdicts, pressure), state
+
+
+def _with_lifts(verdicts: dict[str, Verdict], lifts: Mapping[str, Lift], held: Points) -> dict[str, Verdict]:
+    """A class whose floor is lifted for now says so, and whether that moved it."""
+    return {
+        name: verdict
+        if name not in lifts
+        else replace(
+            verdict,
+            status=Status.PROGRESS if verdict.point != held.get(name, verdict.point) else verdict.status,
+            reason=lifts[name].reason,
+            message=f"{lifts[name].message}; {verdict.message}",
+        )
+        for name, verdict in verdicts.items()
+    }
+
+
+def _with_stuck_bridge(
+    observation: Observation, policy: ServicePolicy, state: BudgetState, verdicts: dict[str, Verdict]
+) -> dict[str, Verdict]:
+    """A bridge that lasts for longer than starts take is no bridge: it must not keep quality down unnoticed."""
+    since_s = state.bridging_since_s
+    if since_s is None or observation.now_s - since_s <= starts.patience_s(observation, policy):
+        return verdicts
+    text = f"{observation.missing} replicas have been missing for {observation.now_s - since_s:.0f} s"
+    return {
+        name: verdict
+        if verdict.point == policy.max_point or verdict.status is Status.PROGRESS
+        else replace(verdict, status=Status.BLOCKED, message=f"{text}; {verdict.message}")
+        for name, verdict in verdicts.items()
+    }
 
 
 def _cause(
     observation: Observation, policy: ServicePolicy, state: BudgetState, pressure: Pressure, points: Points
 ) -> Reason:
     """What a shortage is called: the absence of pods that are expected, if these would end it, else too much load."""
+    if observation.rehearsed:
+        return Reason.REHEARSAL
     if pressure.ordered > pressure.ready:
         if state.lost_s is not None:
             return Reason.POD_LOST
@@ -178,31 +231,14 @@ def _why_down(policy: ServicePolicy, pressure: Pressure, points: Points) -> str 
     return None
 
 
-def _by_priority(policy: ServicePolicy) -> list[ClassPolicy]:
-    """Lowest first; of equal ones the one named last in the spec."""
-    return [p for _, p in sorted(enumerate(policy.classes), key=lambda item: (item[1].priority, -item[0]))]
-
-
-def _steps_down(policy: ServicePolicy, pressure: Pressure, points: Points) -> list[Points]:
-    """Every combination on the way down, one step each; classes without load stay, for it would buy nothing."""
-    path, current = [], dict(points)
-    for class_policy in _by_priority(policy):
-        if pressure.rates[class_policy.name] == 0.0 and pressure.saturation[class_policy.name] is None:
-            continue
-        floor = policy.ladder.index(class_policy.floor)
-        for position in range(policy.ladder.index(current[class_policy.name]) - 1, floor - 1, -1):
-            current = {**current, class_policy.name: policy.ladder.points[position].name}
-            path.append(current)
-    return path
-
-
 def _lowered(policy: ServicePolicy, pressure: Pressure, points: Points) -> Points:
-    path = _steps_down(policy, pressure, points)
-    if not path:
-        return points
-    if pressure.fits(points, policy.loop.rate_margin) is not False:
-        return path[0]
-    return next((step for step in path if pressure.fits(step, policy.loop.rate_margin)), path[-1])
+    """The first combination on the way down that fits; one step if load fits already, all floors if nothing does."""
+    fits_already = pressure.fits(points, policy.loop.rate_margin) is not False
+    step = points
+    for step in steps_down(policy, pressure, points):
+        if fits_already or pressure.fits(step, policy.loop.rate_margin):
+            break
+    return step
 
 
 def _down_verdicts(
@@ -213,15 +249,15 @@ def _down_verdicts(
         name, point = class_policy.name, after[class_policy.name]
         if point != before[name]:
             upper = policy.ladder.points[policy.ladder.index(point) + 1].name
-            text = f"{why}; rejected '{upper}': {_why_not(pressure, {**after, name: upper}, policy)}"
-            verdicts[name] = Verdict(point, Status.PROGRESS, cause, text)
+            rejected = f"'{upper}': {_why_not(pressure, {**after, name: upper}, policy)}"
+            verdicts[name] = Verdict(point, Status.PROGRESS, cause, why, rejected)
         elif point == class_policy.floor:
             # While pods are missing, that is why the class is this low.
             reason = Reason.AT_FLOOR if point == policy.max_point or cause is Reason.BROWNOUT else cause
             status = Status.BLOCKED if after == before else Status.HOLD
             verdicts[name] = Verdict(point, status, reason, f"{why}; '{point}' is the floor")
         else:
-            text = f"{why}; classes of lower priority or with load sink first"
+            text = f"{why}; another class sinks first"
             verdicts[name] = Verdict(point, Status.HOLD, resting(policy, point), text)
     return verdicts
 
@@ -238,7 +274,7 @@ def _raised(
     """Hold, or take the one step up that is due: the highest-priority class below its top."""
     verdicts: dict[str, Verdict] = {}
     classes = dict(state.classes)
-    candidate = next((p for p in reversed(_by_priority(policy)) if before[p.name] != policy.max_point), None)
+    candidate = next_up(policy, pressure, before)
     for class_policy in policy.classes:
         name, remembered = class_policy.name, classes[class_policy.name]
         point = before[name]
@@ -251,16 +287,14 @@ def _raised(
         reason = cause if cause is not Reason.BROWNOUT else remembered.cause
         if class_policy is not candidate or why_down is not None:
             classes[name] = replace(remembered, low_since_s=None, cause=reason)
-            text = why_down or f"{calm(pressure, name)}; classes of higher priority rise first"
+            text = why_down or f"{calm(pressure, name)}; another class rises first"
             verdicts[name] = Verdict(point, Status.HOLD, reason, text)
             continue
         upper = policy.ladder.points[policy.ladder.index(point) + 1].name
         refused = _why_not_up(observation, policy, pressure, name, before, upper)
         if refused is not None:
             classes[name] = replace(remembered, low_since_s=None, cause=reason)
-            verdicts[name] = Verdict(
-                point, Status.HOLD, reason, f"{calm(pressure, name)}; rejected '{upper}': {refused}"
-            )
+            verdicts[name] = Verdict(point, Status.HOLD, reason, calm(pressure, name), f"'{upper}': {refused}")
             continue
         since = observation.now_s if remembered.low_since_s is None else remembered.low_since_s
         dwell_s = policy.effective.dwell_up_ms / 1000
@@ -270,7 +304,7 @@ def _raised(
             text = f"{calm(pressure, name)}; '{upper}' in {dwell_s - calm_s:.0f} s if this lasts"
             verdicts[name] = Verdict(point, Status.HOLD, Reason.DWELL, text)
             continue
-        classes[name] = ClassBudgetState(upper, observation.now_s, None, reason, remembered.shedding)
+        classes[name] = replace(remembered, point=upper, moved_s=observation.now_s, low_since_s=None, cause=reason)
         text = f"{calm(pressure, name)} for {calm_s:.0f} s; '{upper}' fits"
         verdicts[name] = Verdict(upper, Status.PROGRESS, Reason.RESTORE, text)
     after = {name: remembered.point for name, remembered in classes.items()}
@@ -311,7 +345,7 @@ def _admission(policy: ServicePolicy, state: BudgetState, pressure: Pressure, po
     at_floors = all(points[p.name] == p.floor or pressure.rates[p.name] == 0.0 for p in policy.classes)
     shed: set[str] = set()
     if at_floors:
-        for class_policy in _by_priority(policy):
+        for class_policy in by_priority(policy):
             if pressure.fits(points, margin, without=frozenset(shed)) is not False:
                 break
             if class_policy.sheds:
@@ -324,7 +358,7 @@ def _moved(state: BudgetState, points: Points, now_s: float, cause: Reason) -> B
     classes = {
         name: remembered
         if remembered.point == points[name]
-        else ClassBudgetState(points[name], now_s, None, cause, remembered.shedding)
+        else replace(remembered, point=points[name], moved_s=now_s, low_since_s=None, cause=cause)
         for name, remembered in state.classes.items()
     }
     return replace(state, classes=classes)

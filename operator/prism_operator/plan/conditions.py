@@ -46,6 +46,7 @@ _DEGRADED = {
     Reason.POD_LOST: "PodLost",
     Reason.PINNED: "Pinned",
     Reason.COST_CAP: "CostCap",
+    Reason.REHEARSAL: "Rehearsal",
 }
 """Reasons of a plan that name the cause of a lower point; any other is a brownout."""
 

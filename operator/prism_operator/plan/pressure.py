@@ -64,6 +64,12 @@ class Pressure:
         steered = (max(self.ordered, self.ready) - self.silent) if ordered else self.acknowledged
         return steered / need + silent >= 1
 
+    def need(self, points: Points) -> float | None:
+        """Replicas that hold the offered load at `points`, as a real number; None if unknown."""
+        if self.loads is None or self.profile is None:
+            return None
+        return capacity.replicas_for(self.loads, points, self.profile)
+
     def predicted(self, name: str, current: Points, candidate: Points, budgets: Mapping[str, int]) -> float | None:
         """Saturation of a class if the points changed: measured, times the predicted ratio of step times.
 
@@ -95,7 +101,7 @@ def measure(observation: Observation, state: DemandState, policy: ServicePolicy,
     return Pressure(
         acknowledged=acknowledged,
         silent=ready - acknowledged,
-        ordered=ready if observation.ordered_replicas is None else observation.ordered_replicas,
+        ordered=ready + observation.missing,
         rates=rates,
         loads=_loads(policy, state, rates, backlog),
         backlog=backlog,

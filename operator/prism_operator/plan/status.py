@@ -170,10 +170,15 @@ def _mean_budget(observation: Observation, policy: ServicePolicy, directive: Dir
 def _classes(inputs: Inputs, policy: ServicePolicy | None) -> list[ClassStatus] | None:
     if policy is None or inputs.budget_plan is None or not inputs.budget_plan.classes:
         return None
-    return [_class(inputs, policy, policy.by_name(target.name), target.point) for target in inputs.budget_plan.classes]
+    return [
+        _class(inputs, policy, policy.by_name(target.name), target.point, target.degraded_left_s)
+        for target in inputs.budget_plan.classes
+    ]
 
 
-def _class(inputs: Inputs, policy: ServicePolicy, class_policy: ClassPolicy, point: str) -> ClassStatus:
+def _class(
+    inputs: Inputs, policy: ServicePolicy, class_policy: ClassPolicy, point: str, left_s: float | None
+) -> ClassStatus:
     seen = demand.window(inputs.demand, class_policy.name, class_policy.window_s)
     target = class_policy.attainment_target
     ready = inputs.observation.ready if inputs.observation is not None else ()
@@ -185,7 +190,13 @@ def _class(inputs: Inputs, policy: ServicePolicy, class_policy: ClassPolicy, poi
         ttft_milliseconds=_latency_ms(demand.latency_quantile_s(seen.ttft, target)),
         tpot_milliseconds=_latency_ms(demand.latency_quantile_s(seen.tpot, target)),
         relative_quality=_ratio(_mean_quality(seen.tokens_by_point, policy)),
+        degraded_seconds_left=_whole_minutes(left_s),
     )
+
+
+def _whole_minutes(seconds: float | None) -> int | None:
+    """Rounded down, for a status that changes by the second would be written by the second."""
+    return None if seconds is None else int(seconds // 60 * 60)
 
 
 def _mean_quality(tokens_by_point: Mapping[str, int], policy: ServicePolicy) -> float | None:

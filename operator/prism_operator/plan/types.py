@@ -7,7 +7,6 @@ and is never read as zero. States hold plain values only, so that `dataclasses.a
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from enum import StrEnum
 
 from prism_api.control import Admission, Fence, Load
 from prism_api.effective import EffectiveSettings
@@ -15,47 +14,7 @@ from prism_api.points import Ladder
 from prism_api.profile import Profile
 from prism_api.service import Brownout, BudgetControl, OnCap, ScalingControl, Schedule
 from prism_operator.plan.forecast import ForecastState
-
-
-class Status(StrEnum):
-    """Progress: a knob moves. Hold: it stays and that is right. Blocked: it would move but may not; never "done"."""
-
-    PROGRESS = "Progress"
-    HOLD = "Hold"
-    BLOCKED = "Blocked"
-
-
-class Reason(StrEnum):
-    """Why a plan is what it is. Closed: metrics, events and status use these words."""
-
-    ADOPTED = "Adopted"
-    STEADY = "Steady"
-    DEMAND = "Demand"
-    BURST_BRIDGE = "BurstBridge"
-    BROWNOUT = "Brownout"
-    RESTORE = "Restore"
-    DWELL = "Dwell"
-    AT_FLOOR = "AtFloor"
-    AT_FULL = "AtFull"
-    PINNED = "Pinned"
-    QUALITY_BUDGET_SPENT = "QualityBudgetSpent"
-    COST_CAP = "CostCap"
-    FLEET_QUOTA = "FleetQuota"
-    MAX_REPLICAS = "MaxReplicas"
-    IN_FLIGHT = "InFlight"
-    STABILIZING = "Stabilizing"
-    STEP_CAP = "StepCap"
-    SCHEDULE = "Schedule"
-    REHEARSAL = "Rehearsal"
-    REHEARSAL_FAILED = "RehearsalFailed"
-    IDLE = "Idle"
-    WOKEN = "Woken"
-    SIGNALS_STALE = "SignalsStale"
-    NO_PROFILE = "NoProfile"
-    ROLLOUT = "Rollout"
-    POD_LOST = "PodLost"
-    PAUSED = "Paused"
-    EXTERNAL = "External"
+from prism_operator.plan.reasons import Reason, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +89,16 @@ class Observation:
     def ready(self) -> tuple[PodView, ...]:
         """Ready and in traffic."""
         return tuple(pod for pod in self.pods if pod.ready and pod.serving and not pod.deleting)
+
+    @property
+    def rehearsed(self) -> int:
+        """Ready pods that are out of traffic on purpose."""
+        return sum(pod.ready and not pod.serving and not pod.deleting for pod in self.pods)
+
+    @property
+    def missing(self) -> int:
+        """Replicas that are ordered and not ready."""
+        return max(0, (self.ordered_replicas or 0) - len(self.ready) - self.rehearsed)
 
     @property
     def fresh(self) -> tuple[PodView, ...]:
@@ -313,6 +282,10 @@ class ClassTarget:
     message: str
     """Inputs, and the best rejected alternative."""
     saturation: float | None = None
+    degraded_left_s: float | None = None
+    """What is left of the error budget of quality; None without one."""
+    rejected: str = ""
+    """The best alternative and why it was not taken; empty where there was none."""
 
     def __str__(self) -> str:
         shed = " shedding" if self.admission is Admission.SHED else ""
@@ -332,6 +305,8 @@ class BudgetPlan:
     """Replicas are ordered and not ready."""
     fits: bool | None = None
     """Demand fits ready capacity at these points; None if demand or capacity is unknown."""
+    inputs: Mapping[str, float] = field(default_factory=dict)
+    """The figures that were decided on."""
 
     def by_name(self, name: str) -> ClassTarget:
         return next(target for target in self.classes if target.name == name)
@@ -353,6 +328,10 @@ class ClassBudgetState:
     cause: Reason = Reason.STEADY
     """Why the class last went down."""
     shedding: bool = False
+    degraded_left_s: float | None = None
+    """What is left of the error budget of quality; None without one."""
+    spent: bool = False
+    """It ran out and not enough is back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,6 +343,10 @@ class BudgetState:
     """Uids of the ready pods of the last tick."""
     lost_s: float | None = None
     """When a ready pod last vanished without being told to."""
+    last_s: float | None = None
+    """The last tick: how long a class has run where it did."""
+    bridging_since_s: float | None = None
+    """Since when replicas have been ordered and not ready, without a break."""
 
 
 @dataclass(frozen=True, slots=True)

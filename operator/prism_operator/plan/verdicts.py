@@ -9,7 +9,17 @@ from prism_operator.plan.types import BudgetPlan, BudgetState, ClassTarget, Obse
 
 Points = dict[str, str]
 
-_WEIGHT = (Reason.BURST_BRIDGE, Reason.POD_LOST, Reason.ROLLOUT, Reason.BROWNOUT, Reason.AT_FLOOR, Reason.RESTORE)
+_WEIGHT = (
+    Reason.BURST_BRIDGE,
+    Reason.POD_LOST,
+    Reason.ROLLOUT,
+    Reason.REHEARSAL,
+    Reason.BROWNOUT,
+    Reason.QUALITY_BUDGET_SPENT,
+    Reason.COST_CAP,
+    Reason.AT_FLOOR,
+    Reason.RESTORE,
+)
 """Which class's reason stands for the service's when they differ: what degrades comes first."""
 
 
@@ -21,6 +31,8 @@ class Verdict:
     status: Status
     reason: Reason
     message: str
+    rejected: str = ""
+    """The best alternative and why it was not taken."""
 
 
 def assemble(
@@ -46,21 +58,32 @@ def assemble(
                 admission=Admission.SHED if state.classes[name].shedding else Admission.ACCEPT,
                 status=verdict.status,
                 reason=verdict.reason,
-                message=verdict.message,
+                message=f"{verdict.message}; rejected {verdict.rejected}" if verdict.rejected else verdict.message,
                 saturation=pressure.saturation[name] if pressure is not None else None,
+                degraded_left_s=state.classes[name].degraded_left_s,
+                rejected=verdict.rejected,
             )
         )
     lead = min(targets, key=lambda t: (t.status is not Status.PROGRESS, _rank(t.reason)))
     points = {target.name: target.point for target in targets}
-    ordered = observation.ordered_replicas or 0
     return BudgetPlan(
         status=lead.status,
         reason=lead.reason,
         message=f"{lead.name}: {lead.message}",
         classes=tuple(targets),
-        bridging=ordered > len(observation.ready),
+        bridging=observation.missing > 0,
         fits=pressure.fits(points, policy.loop.rate_margin) if pressure is not None else None,
+        inputs={} if pressure is None else _inputs(pressure, points),
     )
+
+
+def _inputs(pressure: Pressure, points: Points) -> dict[str, float]:
+    """What is unknown is left out."""
+    known = {f"offered_per_s.{name}": rate for name, rate in pressure.rates.items() if rate is not None}
+    known |= {f"saturation.{name}": value for name, value in pressure.saturation.items() if value is not None}
+    known |= {"ready": float(pressure.ready), "ordered": float(pressure.ordered), "backlog": float(pressure.backlog)}
+    need = pressure.need(points)
+    return known if need is None else known | {"need": need}
 
 
 def _rank(reason: Reason) -> int:
