@@ -1,0 +1,84 @@
+"""The evaluation of artifacts whose points are prefixes and gated, on a real if tiny model."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prism_runtime.engine.model import load_pretrained
+from prism_runtime.refactor.artifact import open_artifact
+from prism_runtime.refactor.assessment import AssessmentOptions, assess_artifact
+from prism_runtime.refactor.baselines import OracleGate, calibrate_threshold
+from prism_runtime.refactor.elastic import ElasticMethod
+from prism_runtime.refactor.evaluate import Subject, evaluate_methods
+from prism_runtime.refactor.masked import MaskedModel
+from prism_runtime.refactor.progress import Reporter
+from prism_runtime.refactor.subjects import ARTIFACT, ElasticScores, artifact_subjects, cut_of
+from prism_runtime.refactor.text import TokenSequence, cut_sequences, read_documents
+from tests.runtime.test_gated_artifact import artifact, prefixes  # noqa: F401  (fixtures)
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def text(artifact: Path) -> Path:  # noqa: F811
+    return artifact.parent / "text.jsonl"
+
+
+@pytest.fixture
+def sequences(artifact: Path, text: Path) -> list[TokenSequence]:  # noqa: F811
+    _, tokenizer = load_pretrained(artifact)
+    length = open_artifact(artifact).manifest.calibration.sequence_length
+    return cut_sequences(read_documents(text), tokenizer, length, 2)
+
+
+@pytest.fixture
+def assessment(artifact: Path, text: Path) -> dict[str, Any]:  # noqa: F811
+    options = AssessmentOptions(sequences=2, baselines=False, step_tokens=(1, 2))
+    return assess_artifact(artifact, [text], options, Reporter())
+
+
+def test_every_point_but_full_is_measured_under_its_name(artifact: Path, assessment: dict[str, Any]) -> None:  # noqa: F811
+    rows = [row for row in assessment["rows"] if row["family"] == ARTIFACT]
+    assert [row["name"] for row in rows] == open_artifact(artifact).manifest.ladder.names[:-1]
+    assert all(row["realisedPermille"] > 0 and row["kl"]["value"] > 0 for row in rows)
+    assert all(math.isfinite(row["perplexity"]) for row in rows)
+
+
+def test_a_step_of_one_token_reads_what_the_token_keeps_and_larger_steps_read_more(
+    assessment: dict[str, Any],
+) -> None:
+    alone, shared = (
+        {(point["selection"], point["name"]): point["touchedShare"] for point in step["points"]}
+        for step in assessment["steps"]
+    )
+    assert {"token", "step", "ranked prefix", "prefix", "experts"} == {selection for selection, _ in alone}
+    token = next(key for key in alone if key[0] == "token")
+    assert shared[token] > alone[token]
+    prefix = next(key for key in alone if key[0] == "prefix")
+    assert shared[prefix] == pytest.approx(alone[prefix])
+
+
+def test_a_step_selection_that_keeps_everything_changes_nothing(
+    artifact: Path,  # noqa: F811
+    sequences: list[TokenSequence],
+) -> None:
+    opened = open_artifact(artifact)
+    masked = MaskedModel(load_pretrained(artifact)[0])
+    method = next(each.method for each in artifact_subjects(opened) if isinstance(each.method, ElasticMethod))
+    scores = ElasticScores(method, cut_of(opened))
+    full = masked.log_probabilities(sequences, None)
+    assert (masked.log_probabilities(sequences, scores) - full).abs().max() > 1e-3  # compensation adds its constant
+    bare = ElasticScores(ElasticMethod(method.gates, method.log_tau), cut_of(opened))
+    assert torch.allclose(masked.log_probabilities(sequences, bare), full, atol=1e-5)
+
+
+def test_an_oracle_on_the_model_realises_its_budget(artifact: Path, sequences: list[TokenSequence]) -> None:  # noqa: F811
+    cut = cut_of(open_artifact(artifact))
+    masked = MaskedModel(load_pretrained(artifact)[0])
+    gate = OracleGate("oracle", cut.groups(), cut.sub_experts)
+    calibrate_threshold(masked, gate, sequences, 0.5)
+    (row,) = evaluate_methods(masked, sequences, [Subject("oracle", 0.5, gate)])
+    assert row.realised == pytest.approx(0.5, abs=0.02)
