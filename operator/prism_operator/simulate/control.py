@@ -43,6 +43,7 @@ class Signals:
     pods          the ready pods
     provisioned   pods that the Deployment counts: ordered, not told to stop
     first_tokens  (time, TTFT) of first tokens since the controller's last tick
+    predictions   (time, predicted TTFT) of arrivals since then, if the controller wants them
     offered       requests that arrived since the controller's last tick
     """
 
@@ -50,6 +51,7 @@ class Signals:
     pods: Sequence[PodSignals]
     provisioned: int
     first_tokens: Sequence[tuple[float, float]]
+    predictions: Sequence[tuple[float, float]]
     offered: int
 
     @property
@@ -70,13 +72,19 @@ class Orders:
 
 
 class Controller(Protocol):
-    """A policy. `period_s` is the time between its ticks; state is its own."""
+    """A policy. `period_s` is the time between its ticks; state is its own.
+
+    `wants_predictions`: it reads a router's predicted latencies, which cost time to compute.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
     def period_s(self) -> float: ...
+
+    @property
+    def wants_predictions(self) -> bool: ...
 
     def decide(self, signals: Signals) -> Orders: ...
 
@@ -94,6 +102,8 @@ class Tick:
 
 class Prism:
     """The operator's two loops: `plan.demand`, `plan.budget` every tick, `plan.replicas` every slow period."""
+
+    wants_predictions = False
 
     def __init__(self, policy: ServicePolicy, name: str = "prism") -> None:
         self.name = name

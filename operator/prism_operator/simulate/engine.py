@@ -75,6 +75,11 @@ class EngineModel:
         )
 
 
+def erlang_p90(count: int) -> float:
+    """90 % quantile of the time until the `count`-th event of a Poisson process of rate 1 (Wilson and Hilferty)."""
+    return count * (1 - 1 / (9 * count) + 1.2815515594 / (3 * math.sqrt(count))) ** 3
+
+
 @dataclass(slots=True)
 class _Run:
     """Steps in progress: step i takes first_s + i * growth_s; `prefill` only if there is one step."""
@@ -177,6 +182,24 @@ class SimPod:
     @property
     def wake_s(self) -> float | None:
         return None if self._run is None else self._run.end_s
+
+    def predicted_ttft_s(self, request: SimRequest, now_s: float) -> float:
+        """90 % quantile of the TTFT of a request that would be queued now, from the counts that a pod publishes.
+
+        With room in the cache: the step in progress, the prompts ahead and its own. Without: until as many sequences
+        have ended as wait, and one more; a predictor does not know when each one ends, so their ends are Poisson.
+        """
+        cost = self.model.points[self.points[request.service_class]]
+        ahead = sum(waiting.prompt_tokens - waiting.prefilled for waiting in self.waiting)
+        prefill_s = cost.base_s + cost.prefill_s + cost.prefill_token_s * (ahead + request.prompt_tokens)
+        run = self._run
+        if run is None:
+            return prefill_s
+        if not self._ends or self._can_admit(self.waiting[0] if self.waiting else request):
+            return run.start_s + run.first_s - now_s + prefill_s
+        tokens = sum(one.output_tokens for _, _, one in self._ends) / len(self._ends)
+        interval_s = tokens * run.first_s / len(self._ends)
+        return erlang_p90(len(self.waiting) + 1) * interval_s + prefill_s
 
     # -- acts ---------------------------------------------------------------------------------------------------
 

@@ -124,6 +124,7 @@ class Fleet:
         self._marks: dict[str, tuple[int, float]] = {}
         """Steps and busy seconds of each pod at the last tick."""
         self._first_tokens: list[tuple[float, float]] = []
+        self._predictions: list[tuple[float, float]] = []
         self._offered = 0
         self._sequence = 0
         self._arrivals: deque[SimRequest] = deque()
@@ -278,6 +279,8 @@ class Fleet:
             counters.shed += 1
             self.lost.shed[name] = self.lost.shed.get(name, 0) + 1
             return
+        if self.controller.wants_predictions:
+            self._predictions.append((self.now_s, pod.predicted_ttft_s(request, self.now_s)))
         if pod.submit(request, self.now_s):
             self._wake(pod)
 
@@ -353,19 +356,21 @@ class Fleet:
             pods=[self._metrics(pod) for pod in self._ready],
             provisioned=self.samples[-1].provisioned,
             first_tokens=self._first_tokens,
+            predictions=self._predictions,
             offered=self._offered,
         )
-        self._first_tokens, self._offered = [], 0
+        self._first_tokens, self._predictions, self._offered = [], [], 0
         return signals
 
     def _metrics(self, pod: SimPod) -> PodSignals:
-        steps, busy_s = self._marks.get(pod.name, (0, 0.0))
+        before_steps, before_s = self._marks.get(pod.name, (0, 0.0))
         self._marks[pod.name] = (pod.steps, pod.busy_s)
+        steps, busy_s = pod.steps - before_steps, pod.busy_s - before_s
         return PodSignals(
             name=pod.name,
             running=pod.running,
             waiting=len(pod.waiting),
-            token_s=(pod.busy_s - busy_s) / (pod.steps - steps) if pod.steps > steps else None,
+            token_s=busy_s / steps if steps else None,
             oldest_wait_s=self.now_s - pod.waiting[0].arrived_s if pod.waiting else 0.0,
             kv_used=pod.kv_used / self._model.kv_tokens,
             waiting_prompt_tokens=sum(request.prompt_tokens - request.prefilled for request in pod.waiting),

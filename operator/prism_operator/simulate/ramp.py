@@ -1,7 +1,7 @@
 """The load, model and service of llm-d's published benchmark of its SLO-aware autoscaling guide, for simulation.
 
 Source: llm-d/llm-d, guides/workload-autoscaling/slo-aware/benchmark-templates (`BENCHMARK.md`, `scored-config.yml`):
-Qwen3-32B on two H100 a replica, constant rates, TTFT 3 s, TPOT 100 ms, 3 to 8 replicas, ready 105 s after the order.
+Qwen3-32B on two H100 a replica, constant rates, TTFT 3 s, TPOT 100 ms, 3 to 8 replicas, ready 100 s after the order.
 Published: 95.8 % attainment at 5.93 replicas on average, final drain included; 100 % at 8 replicas.
 
 The benchmark's model is dense. What Prism is given here is a model of the same cost whose lowest point is H times as
@@ -20,10 +20,10 @@ from prism_operator.simulate.workload import constant, truncated_normal
 
 PHASES = ((330.0, 2.0), (360.0, 4.0), (360.0, 6.0), (360.0, 8.0), (360.0, 10.0), (360.0, 4.0), (300.0, 1.0))
 """(seconds, requests a second)."""
-STAGE_INTERVAL_S = 1.0
+STAGE_INTERVAL_S, PHASE_S = 1.0, 15.0
 PROMPT, OUTPUT = truncated_normal(4000, 300, 3500, 4500), truncated_normal(1000, 80, 900, 1100)
 LEAST, MOST = 3, 8
-START_S = 105.0
+START_S = 100.0
 TTFT_MS, TPOT_MS = 3000, 100
 PROFILE = "h100x2-qwen3-32b"
 PUBLISHED_ATTAINMENT, PUBLISHED_REPLICAS = 0.958, 5.93
@@ -35,9 +35,11 @@ def play(fleet: Fleet, seed: int) -> None:
     """One episode, from the first request until the pool has drained to its minimum, an hour after the load at most.
 
     A stage begins when the last request of the one before has ended, as the benchmark's load generator has it
-    (inference-perf, `load_generator.py`, `run_stage`): every step of load meets a pool that is empty.
+    (inference-perf, `load_generator.py`, `run_stage`): every step of load meets a pool that is empty. The load begins
+    at a random phase of the controllers' periods.
     """
     lengths = random.Random(seed)
+    fleet.run((), lengths.uniform(0, PHASE_S))
     for seconds, rate in PHASES:
         start_s = fleet.now_s + STAGE_INTERVAL_S
         fleet.run(constant(lengths, start_s, seconds, rate, PROMPT, OUTPUT, "default"), start_s + seconds)

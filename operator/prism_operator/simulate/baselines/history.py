@@ -1,11 +1,15 @@
 """Windows over time that replica laws share: maxima, minima and means of what was seen lately."""
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 
 
 class Window:
-    """Values with their times, none older than `seconds`."""
+    """Values with their times, all younger than `seconds`.
+
+    Open on the left, as the HPA's stabilization ("after the cutoff") and Prometheus' range selectors (from 3.0) are.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -16,7 +20,7 @@ class Window:
         self.trim(now_s)
 
     def trim(self, now_s: float) -> None:
-        while self._values and self._values[0][0] < now_s - self.seconds:
+        while self._values and self._values[0][0] <= now_s - self.seconds:
             self._values.popleft()
 
     @property
@@ -34,15 +38,21 @@ class Window:
         return sum(values) / len(values) if values else default
 
 
-def quantile(values: Sequence[tuple[float, float]], share: float) -> float | None:
-    """Quantile of weighted values (value, weight); None without any weight."""
-    ordered = sorted(values)
-    total = sum(weight for _, weight in ordered)
-    if total <= 0:
+def histogram_quantile(share: float, bounds: Sequence[float], values: Sequence[tuple[float, float]]) -> float | None:
+    """Prometheus' `histogram_quantile` of weighted values (value, weight) counted in buckets with these upper bounds.
+
+    Linear inside a bucket; the highest finite bound for what lies beyond it; None without any weight.
+    """
+    counts = [0.0] * (len(bounds) + 1)
+    for value, weight in values:
+        counts[bisect_left(bounds, value)] += weight
+    rank = share * sum(counts)
+    if rank <= 0:
         return None
-    reached = 0.0
-    for value, weight in ordered:
-        reached += weight
-        if reached >= share * total:
-            return value
-    return ordered[-1][0]
+    below = 0.0
+    for index, bound in enumerate(bounds):
+        if below + counts[index] >= rank:
+            lower = bounds[index - 1] if index else 0.0
+            return lower + (bound - lower) * (rank - below) / counts[index]
+        below += counts[index]
+    return bounds[-1]
