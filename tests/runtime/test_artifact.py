@@ -306,6 +306,7 @@ def test_command_line_makes_and_measures_an_artifact(
     assert 500 < rows["paper", 500]["realisedPermille"] < 1000  # its gate costs beside what it keeps
     assert rows["neuron oracle", 500]["kl"]["value"] < rows["static pruning", 500]["kl"]["value"]
     assert len(point["errorByLayer"]["dense"]) == len(point["realisedByLayer"])
+    assert measured["points"]["artifact"]["candidates"] == 2
     assert measured["steps"][0]["stepTokens"] == 2
     assert html.read_text().startswith("<!doctype html>")
 

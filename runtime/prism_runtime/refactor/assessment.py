@@ -7,14 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from prism_api import FULL
 from prism_runtime.engine.model import load_pretrained
 from prism_runtime.refactor.artifact import open_artifact
 from prism_runtime.refactor.baselines import OracleGate, TopK
 from prism_runtime.refactor.bootstrap import Interval, Resampling
 from prism_runtime.refactor.bytes import Touching, best_selection, interleave, measure_touching
-from prism_runtime.refactor.evaluate import Measurement, Subject, Watching, evaluate_methods, relative_quality
+from prism_runtime.refactor.evaluate import (
+    Measurement,
+    Subject,
+    Watching,
+    candidates_of,
+    evaluate_methods,
+    relative_quality,
+)
 from prism_runtime.refactor.masked import MaskedModel
-from prism_runtime.refactor.points import kl_at
+from prism_runtime.refactor.points import count_points, kl_at
 from prism_runtime.refactor.progress import Reporter
 from prism_runtime.refactor.subjects import (
     ARTIFACT,
@@ -94,13 +102,18 @@ def assess_artifact(directory: Path, texts: Sequence[Path], options: AssessmentO
         "sequenceLength": length,
         "shape": artifact.manifest.shape.to_wire(),
         "rows": [_row(row, rows, resampling, sequences) for row in rows],
+        "points": {
+            family: points
+            for family in dict.fromkeys(row.family for row in rows)
+            if (points := _points([row for row in rows if row.family in (family, FULL)], sequences))
+        },
         "steps": [_step(size, measured, interleave(sequences)) for size, measured in touched.items()],
     }
 
 
 def _everything(top_k: int) -> Subject:
     """The masked model with nothing masked: what its summation order costs, and the full model's own perplexity."""
-    return Subject("full", 1.0, TopK(top_k))
+    return Subject(FULL, 1.0, TopK(top_k))
 
 
 def _row(
@@ -156,6 +169,21 @@ def _against_top_k(row: Measurement, rows: Sequence[Measurement], resampling: Re
         return None
     better = min(candidates, key=lambda kl: resampling.mean(kl).value)
     return _interval(resampling.ratio(better, row.kl))
+
+
+def _points(rows: Sequence[Measurement], sequences: Sequence[TokenSequence]) -> Json | None:
+    """How many of a family's budgets, the full model among them, one run tells apart; None for the full model alone."""
+    if len(rows) < 2:
+        return None
+    counted = count_points(candidates_of(rows), [sequence.domain for sequence in sequences])
+    return {
+        "candidates": len(rows),
+        "hull": [rows[index].name for index in counted.hull],
+        "distinct": [rows[index].name for index in counted.distinct],
+        "rises": counted.rises,
+        "largestRise": counted.largest_rise,
+        "monotoneKl": counted.monotone_kl.tolist(),
+    }
 
 
 def _step(size: int, measured: Sequence[Touching], mixed: Sequence[TokenSequence]) -> Json:

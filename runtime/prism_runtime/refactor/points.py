@@ -52,6 +52,7 @@ class Run:
 class PointCount:
     """What is left of a method's candidates after each test, as indices in ascending cost; each holds the next.
 
+    stable       None if no runs were given
     rises        pairs of neighbouring candidates in cost of which the dearer has the higher KL, before any fit
     largest_rise in nats, the worst of them
     monotone_kl  [P] mean KL after isotonic regression, in the candidates' order
@@ -59,17 +60,18 @@ class PointCount:
 
     hull: list[int]
     distinct: list[int]
-    stable: list[int]
+    stable: list[int] | None
     rises: int
     largest_rise: float
     monotone_kl: Floats
 
 
-def count_points(candidates: Candidates, domains: Sequence[str], runs: Sequence[Run]) -> PointCount:
+def count_points(candidates: Candidates, domains: Sequence[str], runs: Sequence[Run] = ()) -> PointCount:
     """Put a method's candidates through every test.
 
     domains  domain of each sequence in `candidates.kl`
-    runs     at least 3, over calibration seeds and texts; they hold the candidates in the same order
+    runs     at least 3, over calibration seeds and texts; they hold the candidates in the same order. Without any,
+             stability is left open
     """
     resampling = Resampling(domains)
     mean = np.array([resampling.mean(values).value for values in candidates.kl])
@@ -82,7 +84,7 @@ def count_points(candidates: Candidates, domains: Sequence[str], runs: Sequence[
     return PointCount(
         hull=on_hull,
         distinct=apart,
-        stable=stable(candidates.nominal, apart, runs),
+        stable=stable(candidates.nominal, apart, runs) if runs else None,
         rises=len(rises),
         largest_rise=float(max(rises, default=0.0)),
         monotone_kl=monotone,

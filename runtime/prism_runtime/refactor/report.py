@@ -47,6 +47,8 @@ def table(assessment: Json) -> str:
             f"{row['relativeQuality']:>8} {row['relativeQualityLow']:>8}"
             + (f"  {over['value']:.1f} ({over['low']:.1f}-{over['high']:.1f})" if over else "")
         )
+    lines += ["", "operating points, the full model among them"]
+    lines += [f"  {line}" for line in _counts(assessment["points"])]
     for step in assessment["steps"]:
         lines += [
             "",
@@ -79,6 +81,8 @@ def page(assessment: Json) -> str:
             f"{escape(_middle(artifact)['name'])}, mean over layers; sub-experts in the order of their energy.</p>"
             + _usage(_middle(artifact)),
         ]
+    counts = "".join(f"<li>{escape(line)}</li>" for line in _counts(assessment["points"]))
+    parts.append(f"<h2>Operating points</h2><p>Full model included.</p><ul>{counts}</ul>")
     parts += [_steps(step) for step in assessment["steps"]]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -165,6 +169,15 @@ def _html_table(rows: Sequence[Json]) -> str:
         body.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     heading = "".join(f"<th>{name}</th>" for name in COLUMNS)
     return f'<div class="wide"><table><tr>{heading}</tr>{"".join(body)}</table></div>'
+
+
+def _counts(points: Json) -> list[str]:
+    return [
+        f"{family}: {each['candidates']} candidates, {len(each['hull'])} on the lower convex hull, "
+        f"{len(each['distinct'])} distinct; KL that rises with budget: {each['rises']}"
+        + (f" (at most {each['largestRise']:.2g} nats)" if each["rises"] else "")
+        for family, each in points.items()
+    ]
 
 
 def _label(row: Json) -> str:

@@ -45,6 +45,16 @@ ASSESSMENT: dict[str, Any] = {
         row("top-k", "top-2", 500, 0.047),
         row("full", "top-4", 1000, 0.0),
     ],
+    "points": {
+        "artifact": {
+            "candidates": 3,
+            "hull": ["b500", "full"],
+            "distinct": ["full"],
+            "rises": 1,
+            "largestRise": 0.002,
+            "monotoneKl": [0.0, 0.1, 0.1],
+        }
+    },
     "steps": [
         {
             "stepTokens": 8,
@@ -93,6 +103,12 @@ def test_the_table_ranks_selections_at_a_share_of_bytes_and_says_where_none_was_
     text = table(ASSESSMENT)
     assert "0.75  token 0.00600, experts 0.04000" in text
     assert "0.25  nothing measured on both sides" in text
+
+
+def test_table_and_page_count_operating_points_and_admit_rises() -> None:
+    said = "artifact: 3 candidates, 2 on the lower convex hull, 1 distinct; KL that rises with budget: 1 (at most 0.002 nats)"
+    assert said in table(ASSESSMENT)
+    assert said in page(ASSESSMENT)
 
 
 def test_the_page_is_closed_escapes_names_and_loads_nothing() -> None:

@@ -71,6 +71,10 @@ def test_a_count_reports_raw_rises_and_a_monotone_curve() -> None:
     assert counted.hull == counted.distinct == counted.stable == [3, 2, 0]
 
 
+def test_a_single_run_leaves_stability_open() -> None:
+    assert count_points(candidates([1.0, 0.5], [[0.0] * 8, [0.5] * 8]), DOMAINS).stable is None
+
+
 def test_kl_between_two_costs_is_read_off_their_line_in_log_kl() -> None:
     cost, kl = np.array([0.5, 0.25, 1.0]), np.array([0.01, 0.04, 0.0])
     assert kl_at(cost, kl, 0.375) == pytest.approx(0.02)
