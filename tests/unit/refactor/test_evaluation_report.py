@@ -106,7 +106,10 @@ def test_the_table_ranks_selections_at_a_share_of_bytes_and_says_where_none_was_
 
 
 def test_table_and_page_count_operating_points_and_admit_rises() -> None:
-    said = "artifact: 3 candidates, 2 on the lower convex hull, 1 distinct; KL that rises with budget: 1 (at most 0.002 nats)"
+    said = (
+        "artifact: 3 candidates, 2 on the lower convex hull, 1 distinct; "
+        "KL that rises with budget: 1 (at most 0.002 nats)"
+    )
     assert said in table(ASSESSMENT)
     assert said in page(ASSESSMENT)
 
