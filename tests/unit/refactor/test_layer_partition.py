@@ -135,6 +135,18 @@ def test_of_several_starts_the_best_on_rows_nobody_searched_is_taken() -> None:
     assert sum(held[0]) > sum(held[2])
 
 
+def test_rows_that_judge_are_those_that_were_not_searched() -> None:
+    """Asked for more rows than there are, two thirds are searched and one judges: together they are all rows."""
+    limits = energy_limits([starting_energies(layer(), layer(), METRIC, SETTINGS)])
+    searches: list[ExpertSearch] = []
+    settings = replace(SETTINGS, starts=("contiguous", "random"), rows=TOKENS)
+    perm = partition(settings, limits=limits, on_expert=searches.append)
+    for search in searches[:RARE]:
+        assert search.held is not None
+        whole = (2 * search.objective + search.held) / 3
+        assert whole == pytest.approx(loss(perm, search.expert, limits), rel=4e-3)
+
+
 def test_a_second_pass_goes_on_from_the_first_with_means_taken_out() -> None:
     first = partition(replace(SETTINGS, proposals=50))
     means = torch.rand(EXPERTS, NEURONS, generator=torch.Generator().manual_seed(1))

@@ -98,13 +98,13 @@ def test_more_sub_experts_than_there_are_are_refused() -> None:
 
 
 def slots(activations: Tensor, router_weights: list[list[float]]) -> Slots:
-    """One expert, two ranks, eight neurons in four sub-experts of two."""
-    tokens = len(router_weights)
+    """One expert, eight neurons in four sub-experts of two."""
+    tokens, ranks = len(router_weights), len(router_weights[0])
     return Slots(
         layer=0,
         x=torch.zeros(tokens, 1),
         rms=torch.ones(tokens),
-        expert_ids=torch.zeros(tokens, 2, dtype=torch.int64),
+        expert_ids=torch.zeros(tokens, ranks, dtype=torch.int64),
         router_weights=torch.tensor(router_weights),
         activations=activations,
         down=torch.zeros(1, 8, 1),
@@ -113,15 +113,15 @@ def slots(activations: Tensor, router_weights: list[list[float]]) -> Slots:
 
 def test_the_rank_comes_from_the_router_weight_and_the_gate_chooses_inside_it() -> None:
     gates = PaperLayer(torch.arange(8, dtype=torch.int32)[None], torch.tensor([[[0], [2], [4], [6]]]))
-    activations = torch.zeros(1, 2, 8)
-    activations[0, :, ::2] = torch.tensor([[0.1, -0.4, 0.3, 0.2], [-5.0, 1.0, 2.0, 3.0]])
+    activations = torch.zeros(1, 3, 8)
+    activations[0, :, ::2] = torch.tensor([[0.1, -0.4, 0.3, 0.2], [9.0, 9.0, 9.0, 9.0], [-5.0, 1.0, 2.0, 3.0]])
     activations[0, :, 1::2] = 100.0
-    choice = PaperMethod([gates], 4, 2).choose(slots(activations, [[0.2, 0.7]]))
-    by_sub_expert = choice.keep.view(1, 2, 4, 2)
+    choice = PaperMethod([gates], 4, 3).choose(slots(activations, [[0.2, 0.1, 0.7]]))
+    by_sub_expert = choice.keep.view(1, 3, 4, 2)
     assert torch.equal(by_sub_expert[..., 0], by_sub_expert[..., 1])
-    # The second slot ranks first: all but its weakest. The first slot ranks second: its strongest.
-    assert by_sub_expert[0, :, :, 0].int().tolist() == [[0, 1, 0, 0], [1, 0, 1, 1]]
-    assert torch.equal(choice.router_weights, torch.tensor([[0.2, 0.7]]))
+    # The third slot ranks first: all but its weakest. The first slot ranks second: its strongest. The other: nothing.
+    assert by_sub_expert[0, :, :, 0].int().tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1]]
+    assert torch.equal(choice.router_weights, torch.tensor([[0.2, 0.1, 0.7]]))
     assert choice.added is None
 
 
