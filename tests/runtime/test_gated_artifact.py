@@ -17,7 +17,6 @@ from prism_runtime.refactor.artifact import ArtifactRefused, list_files, open_ar
 from prism_runtime.refactor.partition import Partition
 from prism_runtime.refactor.recipe import refactor_model
 from prism_runtime.refactor.request import RefactorRequest
-from prism_runtime.refactor.sidecar import gate_entry
 from tests.runtime.gated import RANK, made_up_recipe
 from tests.runtime.letters import write_source
 from tests.runtime.models import prompts, request, run, tokens_of
@@ -44,9 +43,10 @@ def artifact(prefixes: Path) -> Path:
         for layer in layers
     }
     counts = torch.stack([opened.sidecar[f"layers.{layer}.count"] for layer in layers], 1)
-    write_sidecar(out, partitions, counts, made_up_recipe(opened.manifest.shape))
-    gated = opened.manifest.model_copy(update={"gate": gate_entry(1.7, features=["x"]), "files": list_files(out)})
-    write_manifest(out, gated)
+    recipe = made_up_recipe(opened.manifest.shape)
+    write_sidecar(out, partitions, counts, recipe)
+    gate = recipe.manifest_entry(features=["x"])
+    write_manifest(out, opened.manifest.model_copy(update={"gate": gate, "files": list_files(out)}))
     return out
 
 
@@ -61,9 +61,8 @@ def test_gates_and_points_are_read_as_they_were_written(artifact: Path) -> None:
     assert tables.mode.tolist() == [THRESHOLD, BATCH] + [PREFIX] * (len(tables.mode) - 2)
     assert (tables.cap[0], tables.share[1].tolist()) == (6, [0.5, 0.5])
     for layer, gated in enumerate(opened.gates()):
-        for name in ("weight", "bias", "mean", "deviation"):
+        for name in ("weight", "bias", "mean", "deviation", "token"):
             assert torch.equal(getattr(gated.gate, name), getattr(recipe.gates[layer], name))
-        assert torch.equal(gated.gate.token, recipe.token_factors[layer])
         assert gated.gate.kappa == 1.7
         assert list(gated.compensation) == [0]
         assert torch.equal(gated.compensation[0].c, recipe.points[0].compensation[layer].c)

@@ -102,8 +102,8 @@ def write_sidecar(
 ) -> None:
     """Write partition tensors by decoder layer, and the prefix counts [P, L, K] of the points in manifest order.
 
-    With `gated`, its points choose by threshold or batch instead of their counts, and the manifest's `gate` must be a
-    `sidecar.gate_entry`.
+    With `gated`, its points choose by threshold or batch instead of their counts, and the manifest's `gate` must be
+    its `manifest_entry`.
     """
     tensors = {"mode": torch.full((len(counts),), PREFIX, dtype=torch.int32)}
     if gated is not None:

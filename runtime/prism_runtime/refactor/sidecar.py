@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,30 +35,6 @@ class SidecarRefused(ValueError):
     """The sidecar does not hold what the manifest promises; the message names the tensor."""
 
 
-class FittedGate(Protocol):
-    """One layer's gate as it was fitted: weight [E, N, H], the others [E, N]."""
-
-    @property
-    def weight(self) -> Tensor: ...
-    @property
-    def bias(self) -> Tensor: ...
-    @property
-    def mean(self) -> Tensor: ...
-    @property
-    def deviation(self) -> Tensor: ...
-
-
-class FittedCompensation(Protocol):
-    """One layer's and point's compensation: a [H + 1, r], u [r, H], c [E, N, r]."""
-
-    @property
-    def a(self) -> Tensor: ...
-    @property
-    def u(self) -> Tensor: ...
-    @property
-    def c(self) -> Tensor: ...
-
-
 @dataclass(frozen=True, slots=True)
 class GatedPoint:
     """One operating point that a gate selects for; L values, one a MoE layer.
@@ -71,23 +47,23 @@ class GatedPoint:
 
     log_tau: Tensor
     share: Tensor | None = None
-    compensation: Sequence[FittedCompensation] | None = None
+    compensation: Sequence[CompensationWeights] | None = None
     cap: int = UNCAPPED
 
 
 @dataclass(frozen=True, slots=True)
 class GatedRecipe:
-    """What a fitted recipe adds to prefixes: a gate a layer, token factors [H + 3] a layer or None, and its points by
-    their position in manifest order. Positions without an entry stay prefixes."""
+    """What a fitted recipe adds to prefixes: a gate a layer, and its points by their position in manifest order.
 
-    gates: Sequence[FittedGate]
-    token_factors: Sequence[Tensor] | None
+    Positions without an entry stay prefixes. All gates have a token factor or none, and one kappa.
+    """
+
+    gates: Sequence[GateWeights]
     points: Mapping[int, GatedPoint]
 
-
-def gate_entry(kappa: float | None, **features: Any) -> dict[str, Any]:
-    """The manifest's `gate` for an artifact with a GatedRecipe; `features` say more to readers and are not read."""
-    return {"kind": GATE_KIND, "kappa": kappa, **features}
+    def manifest_entry(self, **features: Any) -> dict[str, Any]:
+        """The manifest's `gate` for an artifact with this recipe; `features` say more to readers and are not read."""
+        return {"kind": GATE_KIND, "kappa": self.gates[0].kappa, **features}
 
 
 def gated_tensors(layers: Sequence[int], points: int, recipe: GatedRecipe) -> dict[str, Tensor]:
@@ -108,8 +84,8 @@ def gated_tensors(layers: Sequence[int], points: int, recipe: GatedRecipe) -> di
         tensors[f"layers.{layer}.gate.weight"] = gate.weight.to(torch.bfloat16).contiguous()
         for name in ("bias", "mean", "deviation"):
             tensors[f"layers.{layer}.gate.{name}"] = getattr(gate, name).float().contiguous()
-        if recipe.token_factors is not None:
-            tensors[f"layers.{layer}.token.weight"] = recipe.token_factors[index].float().contiguous()
+        if gate.token is not None:
+            tensors[f"layers.{layer}.token.weight"] = gate.token.float().contiguous()
         for position, point in recipe.points.items():
             if point.compensation is not None:
                 one = point.compensation[index]

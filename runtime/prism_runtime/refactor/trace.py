@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prism_runtime.engine.experts_hook import bind_plan, experts_modules, pack
+from prism_runtime.engine.experts_hook import bind_gates, bind_plan, experts_modules, pack
+from prism_runtime.kernels.contract import GatedLayer
 from prism_runtime.kernels.plan import PlanTables, PlanTensor
 from prism_runtime.refactor.text import TokenSequence
 
@@ -41,8 +42,11 @@ def trace_experts(model: PreTrainedModel, batch: Sequence[TokenSequence], visit:
 class PackedModel:
     """The packed model at one operating point at a time, without a cache; `model` is packed in place."""
 
-    def __init__(self, model: PreTrainedModel, tables: PlanTables) -> None:
+    def __init__(self, model: PreTrainedModel, tables: PlanTables, gates: Sequence[GatedLayer] = ()) -> None:
+        """`gates` are needed if the tables have threshold or batch points, one for each MoE layer."""
         pack(model, tables.sub_experts)
+        if tables.gated:
+            bind_gates(model, gates)
         self.plan = PlanTensor(tables, classes=1, device=model.device)
         bind_plan(model, self.plan)
         self._model = model
