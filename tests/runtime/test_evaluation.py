@@ -1,6 +1,7 @@
 """The evaluation of artifacts whose points are prefixes and gated, on a real if tiny model."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from prism_runtime.refactor.assessment import AssessmentOptions, assess_artifact
 from prism_runtime.refactor.baselines import OracleGate, calibrate_threshold
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.evaluate import Subject, evaluate_methods
-from prism_runtime.refactor.masked import MaskedModel
+from prism_runtime.refactor.masked import LayerInput, MaskedModel, token_ids
 from prism_runtime.refactor.progress import Reporter
 from prism_runtime.refactor.subjects import ARTIFACT, ElasticScores, artifact_subjects, cut_of
 from prism_runtime.refactor.text import TokenSequence, cut_sequences, read_documents
@@ -73,6 +74,27 @@ def test_a_step_selection_that_keeps_everything_changes_nothing(
     assert (masked.log_probabilities(sequences, scores) - full).abs().max() > 1e-3  # compensation adds its constant
     bare = ElasticScores(ElasticMethod(method.gates, method.log_tau), cut_of(opened))
     assert torch.allclose(masked.log_probabilities(sequences, bare), full, atol=1e-5)
+
+
+def test_a_cap_on_a_token_s_sub_experts_holds_in_the_evaluation(
+    artifact: Path,  # noqa: F811
+    sequences: list[TokenSequence],
+) -> None:
+    opened = open_artifact(artifact)
+    masked = MaskedModel(load_pretrained(artifact)[0])
+    found = artifact_subjects(opened)[0].method
+    assert isinstance(found, ElasticMethod)
+    method = replace(found, log_tau=torch.full_like(found.log_tau, -20))  # no score is below: the cap alone limits
+    assert int(opened.tables().cap[0]) == 6
+    most = []
+
+    def visit(entering: LayerInput) -> torch.Tensor:
+        cells, _ = method.cells(masked.slots(entering))
+        most.append(int(cells.sum((1, 2)).max()))
+        return masked.full(entering)
+
+    masked.run(token_ids(sequences), visit)
+    assert most == [6] * len(most)
 
 
 def test_an_oracle_on_the_model_realises_its_budget(artifact: Path, sequences: list[TokenSequence]) -> None:  # noqa: F811

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prism_runtime.kernels.contract import CompensationWeights, GateWeights
 from prism_runtime.kernels.gating import compensate
+from prism_runtime.kernels.plan import UNCAPPED
 from prism_runtime.kernels.selection import (
     floor_cells,
     gate_scores,
@@ -29,6 +30,7 @@ class ElasticMethod:
     log_tau       [L] thresholds of mode "decode", where every token chooses for itself
     share         [L] of mode "batch": the part of a layer's cells in a batch that run, those of the highest scores
     compensation  one a layer, or None
+    cap           of mode "decode": most cells of one token and layer, or UNCAPPED
     """
 
     gates: Sequence[GateWeights]
@@ -36,6 +38,7 @@ class ElasticMethod:
     compensation: Sequence[CompensationWeights] | None = None
     mode: Literal["decode", "batch"] = "decode"
     share: Sequence[float] = ()
+    cap: int = UNCAPPED
     name: str = "prism"
 
     def choose(self, slots: Slots) -> Choice:
@@ -60,7 +63,7 @@ class ElasticMethod:
         valid = torch.ones_like(slots.expert_ids, dtype=torch.bool)
         floor = floor_cells(slots.router_weights, valid, scores.shape[2])
         if decode:
-            keep = keep_above(scores, floor, valid, tau, cap=0)
+            keep = keep_above(scores, floor, valid, tau, self.cap)
         else:
             keep = keep_highest(scores, floor, valid, self.share[slots.layer])
         return keep, (outputs + float(gate.token is not None)) / MULTIPLY_ADDS_OF_A_NEURON

@@ -88,6 +88,7 @@ def artifact_subjects(artifact: Artifact) -> list[Subject]:
             compensation=[layer.compensation[index] for layer in gated] if compensated else None,
             mode="batch" if int(tables.mode[index]) == BATCH else "decode",
             share=tables.share[index].tolist(),
+            cap=int(tables.cap[index]),
             name=name,
         )
         subjects.append(Subject(ARTIFACT, nominal[name], method))
