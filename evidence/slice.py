@@ -50,6 +50,7 @@ class Runs:
 
     def __init__(self, console: Console, demo_runs: int = DEMO_RUNS) -> None:
         self._console, self._demo_runs = console, demo_runs
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def command(self, argv: list[str], *, cwd: Path = ROOT, environment: Mapping[str, str] | None = None) -> float:
         """Seconds that a command took. Raises NotTaken if it failed, with the end of what it said."""
@@ -115,15 +116,24 @@ class Runs:
         return self._cold("test")
 
     def _cold(self, target: str) -> tuple[float, float]:
-        with tempfile.TemporaryDirectory(prefix="cold-", dir=paths.cache().parent) as folder:
-            clone, caches = Path(folder) / "clone", Path(folder) / "c"  # short: a socket path has 107 bytes
-            self.command(["git", "clone", "-q", str(ROOT), str(clone)])
-            inherited = {name: value for name, value in os.environ.items() if name not in OF_OUTER_RUN}
-            environment = inherited | {name: str(caches / name.lower()) for name in COLD_CACHES}
-            seconds = self.command(["make", target], cwd=clone, environment=environment)
-            # Modules of Go are read-only, also for whoever removes the folder.
-            self.command(["chmod", "-R", "u+w", str(caches)])
-            return seconds, gigabytes(Path(folder))
+        self.clean()
+        self._folder = tempfile.TemporaryDirectory(prefix="cold-", dir=paths.cache().parent)
+        folder = Path(self._folder.name)
+        clone, caches = folder / "clone", folder / "c"  # short: a socket path has 107 bytes
+        self.command(["git", "clone", "-q", str(ROOT), str(clone)])
+        inherited = {name: value for name, value in os.environ.items() if name not in OF_OUTER_RUN}
+        environment = inherited | {name: str(caches / name.lower()) for name in COLD_CACHES}
+        seconds = self.command(["make", target], cwd=clone, environment=environment)
+        return seconds, gigabytes(folder)
+
+    def clean(self) -> None:
+        """Remove what the last cold run left: 40 GB, which takes minutes, so figures are written before."""
+        if self._folder is None:
+            return
+        # Modules of Go are read-only, also for whoever removes the folder.
+        subprocess.run(["chmod", "-R", "u+w", self._folder.name], check=False)
+        self._folder.cleanup()
+        self._folder = None
 
 
 def outcomes(junit: Path) -> dict[str, str]:
@@ -260,14 +270,18 @@ def main() -> int:
     arguments = parser.parse_args()
     console, known = Console(stderr=True), load(OUT)
     runs = Runs(console, arguments.demo_runs)
-    for name in (name for name in COLLECTORS if name in (arguments.only or COLLECTORS)):
-        if name in COLD and not arguments.cold:
-            if name not in known:
-                merge(OUT, absent(name, COLD[name].unit, COLD[name].how, UNTAKEN_COLD), tuple(COLLECTORS))
-            continue
-        figure = collect(name, runs)
-        merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
-        console.print(f"{name}: {figure.value if figure.why is None else f'not taken: {figure.why}'}", highlight=False)
+    try:
+        for name in (name for name in COLLECTORS if name in (arguments.only or COLLECTORS)):
+            if name in COLD and not arguments.cold:
+                if name not in known:
+                    merge(OUT, absent(name, COLD[name].unit, COLD[name].how, UNTAKEN_COLD), tuple(COLLECTORS))
+                continue
+            figure = collect(name, runs)
+            merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
+            taken = figure.value if figure.why is None else f"not taken: {figure.why}"
+            console.print(f"{name}: {taken}", highlight=False)
+    finally:
+        runs.clean()
     for name in COLLECTORS.keys() - load(OUT).keys():
         merge(OUT, absent(name, COLLECTORS[name].unit, COLLECTORS[name].how, NEVER_TAKEN), tuple(COLLECTORS))
     return 0
