@@ -122,6 +122,8 @@ class ThresholdGate:
 class OracleGate(ThresholdGate):
     """Chooses by the true output norms ||o_tn|| in a metric; with one neuron a sub-expert it is the neuron oracle.
 
+    An instance serves one model with its neurons in one order: it keeps what it needs of the weights.
+
     metric      for each layer [H, H], or None for the Euclidean norm
     log_factor  (x [T, H], rms [T]) -> [T], a token's weight; 1 / rms unless given
     """

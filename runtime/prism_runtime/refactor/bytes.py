@@ -123,7 +123,9 @@ def measure_touching(
         batch = mixed[start : start + step_tokens]
         full = model.log_probabilities(batch, None)
         for count, parts in zip(counts, divergence, strict=True):
-            parts.append((full.exp() * (full - model.log_probabilities(batch, count))).sum(-1).mean(1))
+            point = model.log_probabilities(batch, count)
+            # One sequence at a time: a step's probabilities are large enough without copies of all of them.
+            parts.append(torch.stack([(a.exp() * (a - b)).sum(-1).mean() for a, b in zip(full, point, strict=True)]))
     return [
         Touching(
             subject.selection,
