@@ -19,7 +19,13 @@ from prism_runtime.kernels.selection import log_token_factor
 from prism_runtime.refactor.compensation import Trajectory, fit_compensation
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.gates import EnergyForm, fit_log_ridge
-from prism_runtime.refactor.layer_search import PartitionSettings, energy_limits, partition_layer, starting_energies
+from prism_runtime.refactor.layer_search import (
+    Limits,
+    PartitionSettings,
+    energy_limits,
+    partition_layer,
+    starting_energies,
+)
 from prism_runtime.refactor.masked import Experts, LayerRows, MaskedModel, capture
 from prism_runtime.refactor.metric import LayerMetric, fisher_metric, identity_metric, ordinary
 from prism_runtime.refactor.sensitivity import fit_token_factor
@@ -41,6 +47,8 @@ class RecipeSettings:
     metric            "fisher" needs the model's backward pass; "identity" counts every direction alike
     token_factor      a fitted sensitivity of every token, beside 1 / rms
     centred           a second pass of the partition on what compensation will leave
+    proposals         swaps the partition tries for an expert; None: as many as its neurons want
+    partition_rows    rows of an expert that the partition reads
     kappa             gate outputs farther from the threshold than this many deviations are not computed; None: all are
     allocation        one threshold over all layers, or one a layer
     compensation      text the compensation is fitted along; None for none
@@ -55,8 +63,8 @@ class RecipeSettings:
     fisher_samples: int = 4
     token_factor: bool = True
     starts: tuple[str, ...] = ("sorted",)
-    proposals: int = 10_000
-    partition_rows: int = 1_500
+    proposals: int | None = None
+    partition_rows: int = 4_000
     centred: bool = True
     kappa: float | None = 1.7
     allocation: Literal["single", "layer"] = "single"
@@ -143,13 +151,44 @@ def partition(
     masked: MaskedModel, rows: Sequence[LayerRows], forms: Sequence[Tensor], settings: RecipeSettings
 ) -> list[Tensor]:
     """First pass, from the settings' starts: [E, C] int32 a layer. `masked` is permuted accordingly."""
-    asked = _partition_settings(settings)
+    asked = partition_settings(settings)
     kept = [layer.select(ordinary(layer.rms)) for layer in rows]
     layers = list(zip(masked.experts, kept, forms, strict=True))
     limits = energy_limits([starting_energies(*each, asked, layer=layer) for layer, each in enumerate(layers)])
     perms = [partition_layer(*each, asked, limits=limits, layer=layer) for layer, each in enumerate(layers)]
     masked.permute(perms)
     return perms
+
+
+@dataclass(frozen=True, slots=True)
+class Centre:
+    """What the first pass of the partition gives the second: limits, means [E, C] a layer in the source's order."""
+
+    limits: Limits
+    means: Sequence[Tensor]
+
+
+def centre(
+    masked: MaskedModel,
+    rows: Sequence[LayerRows],
+    forms: Sequence[Tensor],
+    bare: ElasticMethod,
+    perms: Sequence[Tensor],
+    sub_experts: int,
+) -> Centre:
+    """The means of what `bare` drops, weighted as scores are; `masked` is permuted by `perms`, rows are ordinary."""
+    factors = [token_factors(layer, gate) for layer, gate in zip(rows, bare.gates, strict=True)]
+    stood = list(zip(masked.experts, rows, forms, factors, strict=True))
+    means = []
+    for layer, (experts, layer_rows, _, factor) in enumerate(stood):
+        dropped = _means_of_dropped(experts, layer_rows, factor, bare.gates[layer], bare.log_tau[layer])
+        means.append(torch.zeros_like(dropped).scatter_(1, perms[layer].long(), dropped))
+    return Centre(energy_limits([_energies(*each, sub_experts) for each in stood]), means)
+
+
+def token_factors(rows: LayerRows, gate: GateWeights) -> Tensor:
+    """[T]: what a token's output is multiplied by, beside the router weight."""
+    return log_token_factor(rows.x, rows.rms, gate.token).exp()
 
 
 def partition_again(
@@ -160,32 +199,23 @@ def partition_again(
     perms: Sequence[Tensor],
     settings: RecipeSettings,
 ) -> list[Tensor]:
-    """Second pass, from the first one's result: energies less the mean of what `bare` drops, weighted as scores are.
+    """Second pass, from the first one's result: energies less the mean of what `bare` drops.
 
     `masked` is permuted by `perms` on entry, by the result afterwards.
     """
-    asked = _partition_settings(settings)
     kept = [layer.select(ordinary(layer.rms)) for layer in rows]
-    factors = [
-        log_token_factor(layer.x, layer.rms, gate.token).exp() for layer, gate in zip(kept, bare.gates, strict=True)
-    ]
-    stood = list(zip(masked.experts, kept, forms, factors, strict=True))
-    limits = energy_limits([_energies(*each, settings.sub_experts) for each in stood])
-    means = []
-    for layer, (experts, layer_rows, _, factor) in enumerate(stood):
-        dropped = _means_of_dropped(experts, layer_rows, factor, bare.gates[layer], bare.log_tau[layer])
-        means.append(torch.zeros_like(dropped).scatter_(1, perms[layer].long(), dropped))
+    centred = centre(masked, kept, forms, bare, perms, settings.sub_experts)
     masked.permute([torch.arange(perm.shape[1]).expand_as(perm) for perm in perms])
     again = [
         partition_layer(
             masked.experts[layer],
             kept[layer],
             forms[layer],
-            asked,
-            limits=limits,
+            partition_settings(settings),
+            limits=centred.limits,
             layer=layer,
-            factor=factors[layer],
-            means=means[layer],
+            factor=token_factors(kept[layer], bare.gates[layer]),
+            means=centred.means[layer],
             start=perms[layer],
         )
         for layer in range(len(perms))
@@ -230,7 +260,8 @@ def fit_budget(
     return method
 
 
-def _partition_settings(settings: RecipeSettings) -> PartitionSettings:
+def partition_settings(settings: RecipeSettings) -> PartitionSettings:
+    """Of both passes."""
     return PartitionSettings(
         settings.sub_experts, settings.starts, settings.proposals, settings.partition_rows, settings.seed
     )

@@ -13,6 +13,9 @@ from prism_runtime.refactor.metric import ordinary
 from prism_runtime.refactor.ridge import RidgeSums, with_ones
 
 PENALTY = 1e-3
+STRONGER_PENALTIES = (1e-2, 1e-1, 1.0)
+ROWS_PER_FEATURE = 20
+"""With fewer rows, the penalty is chosen on rows that the fit has not seen; with more, it hardly matters."""
 ENERGY_FLOOR = 1e-4
 """Of the mean energy: the logarithm of a vanishing norm must not dominate the fit."""
 
@@ -56,9 +59,7 @@ def fit_log_ridge(
         energy = form.energies(experts.activations(x, expert))
         average = energy.mean(0).clamp(min=1e-30)
         features, target = with_ones(x), 0.5 * (energy + ENERGY_FLOOR * average).log()
-        sums = RidgeSums(hidden + 1, sub_experts)
-        sums.add(features, target)
-        solved = sums.solve(PENALTY)
+        solved = _regress(features, target)
         weight[expert] = solved[:-1].t().bfloat16().float()
         prediction = x @ weight[expert].t() + solved[-1]
         correction = 0.5 * (average / (2 * prediction).exp().mean(0)).log()
@@ -67,3 +68,21 @@ def fit_log_ridge(
         mean[expert] = prediction.mean(0)
         deviation[expert] = prediction.std(0, correction=0)
     return GateWeights(weight, bias, mean, deviation, token, kappa)
+
+
+def _regress(features: Tensor, target: Tensor) -> Tensor:
+    """[F, N] ridge coefficients."""
+
+    def fitted(rows: slice, penalty: float) -> Tensor:
+        sums = RidgeSums(features.shape[1], target.shape[1])
+        sums.add(features[rows], target[rows])
+        return sums.solve(penalty)
+
+    def held_error(penalty: float) -> float:
+        unseen = slice(1, None, 2)
+        return float((features[unseen] @ fitted(slice(0, None, 2), penalty) - target[unseen]).square().sum())
+
+    penalty = PENALTY
+    if 1 < len(features) < ROWS_PER_FEATURE * features.shape[1]:
+        penalty = min((PENALTY, *STRONGER_PENALTIES), key=held_error)
+    return fitted(slice(None), penalty)

@@ -107,6 +107,26 @@ def test_an_expert_that_the_text_never_reached_still_has_a_finite_gate(
     assert torch.isfinite(gate.weight).all()
 
 
+def test_an_expert_with_few_rows_gets_a_gate_that_is_no_worse_on_unseen_rows_than_no_gate(
+    experts: Experts, metric: Tensor
+) -> None:
+    generator = torch.Generator().manual_seed(9)
+    seen, unseen = (
+        LayerRows(
+            torch.randn(count, HIDDEN, generator=generator),
+            torch.ones(count),
+            torch.zeros(count, 1, dtype=torch.int64),
+            torch.ones(count, 1),
+        )
+        for count in (HIDDEN + 2, 500)
+    )
+    gate = fit_log_ridge(experts, seen, metric, SUB_EXPERTS, None, None)
+    form = EnergyForm(experts.down[0], metric, SUB_EXPERTS)
+    target = 0.5 * form.energies(experts.activations(unseen.x, 0)).log()
+    residual = target - unseen.x @ gate.weight[0].t()
+    assert residual.var(0).mean() < 1.1 * target.var(0).mean()
+
+
 def test_token_factor_recovers_a_sensitivity_that_is_linear_in_the_input(rows: LayerRows) -> None:
     direction = torch.linspace(-1, 1, HIDDEN)
     sensitivity = rows.x @ direction
