@@ -39,7 +39,7 @@ class PodSignals:
 class Signals:
     """What a controller may look at, at one of its ticks.
 
-    observation   what Prism's operator sees: counters since the last tick, lost reports missing
+    observation   what Prism's operator sees, if it is wanted: counters since the last tick, lost reports missing
     pods          the ready pods
     provisioned   pods that the Deployment counts: ordered, not told to stop
     first_tokens  (time, TTFT) of first tokens since the controller's last tick
@@ -47,16 +47,13 @@ class Signals:
     offered       requests that arrived since the controller's last tick
     """
 
-    observation: Observation
+    now_s: float
+    observation: Observation | None
     pods: Sequence[PodSignals]
     provisioned: int
     first_tokens: Sequence[tuple[float, float]]
     predictions: Sequence[tuple[float, float]]
     offered: int
-
-    @property
-    def now_s(self) -> float:
-        return self.observation.now_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +71,8 @@ class Orders:
 class Controller(Protocol):
     """A policy. `period_s` is the time between its ticks; state is its own.
 
-    `wants_predictions`: it reads a router's predicted latencies, which cost time to compute.
+    `wants_reports` and `wants_predictions`: it reads pods' reports (`Signals.observation`), or a router's predicted
+    latencies (`Signals.predictions`). What nobody reads is not made up, for it costs most of a tick.
     """
 
     @property
@@ -82,6 +80,9 @@ class Controller(Protocol):
 
     @property
     def period_s(self) -> float: ...
+
+    @property
+    def wants_reports(self) -> bool: ...
 
     @property
     def wants_predictions(self) -> bool: ...
@@ -103,7 +104,7 @@ class Tick:
 class Prism:
     """The operator's two loops: `plan.demand`, `plan.budget` every tick, `plan.replicas` every slow period."""
 
-    wants_predictions = False
+    wants_reports, wants_predictions = True, False
 
     def __init__(self, policy: ServicePolicy, name: str = "prism") -> None:
         self.name = name
@@ -122,6 +123,7 @@ class Prism:
 
     def decide(self, signals: Signals) -> Orders:
         observation, policy = signals.observation, self.policy
+        assert observation is not None, "Prism asks for reports"
         self.demand = demand.update(self.demand, observation, policy)
         plan, self.budget = budget.decide(observation, self.demand, policy, self.budget)
         replica_plan = None

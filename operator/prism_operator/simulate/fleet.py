@@ -7,7 +7,6 @@ that is ever started takes equally long under both.
 import heapq
 import itertools
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -19,44 +18,9 @@ from prism_operator.simulate.control import Controller, Orders, PodSignals, Pris
 from prism_operator.simulate.counters import Counters, total
 from prism_operator.simulate.engine import EngineModel, SimPod
 from prism_operator.simulate.workload import SimRequest
+from prism_operator.simulate.world import StartTime, World
 
-StartTime = Callable[[int], float | None]
-"""Seconds from the creation of the n-th pod to its readiness; None for one that never becomes ready."""
 KV_BLOCK_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """What happens to a pool besides its load. Probabilities are per tick or per pod; the default world is kind.
-
-    report_lag_s      age of what a controller sees
-    directive_lag_s   until pods take a controller's points
-    report_loss       chance that a pod's report of one tick is lost
-    never_ready       chance that a pod which is started never becomes ready
-    crashes_per_hour  rate at which a ready pod crashes; its requests are lost, the Deployment replaces it
-    slow_pods         chance that a pod is on a bad node, where every step takes `slow_factor` times as long
-    drain_s           how long a pod that is told to stop may finish its requests
-    """
-
-    seed: int = 0
-    step_noise: float = 0.05
-    report_lag_s: float = 0.0
-    directive_lag_s: float = 0.005
-    report_loss: float = 0.0
-    never_ready: float = 0.0
-    crashes_per_hour: float = 0.0
-    slow_pods: float = 0.0
-    slow_factor: float = 1.5
-    drain_s: float = 600.0
-
-    def stream(self, name: str) -> random.Random:
-        return random.Random(f"{self.seed}/{name}")
-
-
-def lognormal_start(seed: int, median_s: float, p90_s: float) -> StartTime:
-    """Start times with the given median and 90 % quantile; the n-th pod's is the same whoever starts it."""
-    deviation = math.log(p90_s / median_s) / 1.2815515594
-    return lambda n: random.Random(f"{seed}/start/{n}").lognormvariate(math.log(median_s), deviation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +72,9 @@ class Fleet:
         self.lost = Lost()
         self.samples: list[Sample] = []
         self.preemptions = 0
+        self.pod_seconds = 0.0
+        """Of all pods that existed so far."""
+        self._counted_s = 0.0
         names = [one.name for one in policy.classes]
         quality = {point.name: float(point.relative_quality) for point in policy.ladder.points}
         self._model = EngineModel.of(profile, names, quality, self.world.step_noise)
@@ -157,6 +124,7 @@ class Fleet:
             else:
                 break
         self.now_s = until_s
+        self._count_pod_seconds()
 
     @property
     def outstanding(self) -> int:
@@ -203,6 +171,7 @@ class Fleet:
         heapq.heappush(self._events, (at_s, next(self._order), event))
 
     def _add_pod(self, ready_s: float | None = None) -> None:
+        self._count_pod_seconds()
         number = next(self._numbers)
         fate = self.world.stream(f"pod/{number}")
         if ready_s is None:
@@ -245,7 +214,13 @@ class Fleet:
         self._forget(pod)
         self._scale()
 
+    def _count_pod_seconds(self) -> None:
+        """To be called before the number of pods changes."""
+        self.pod_seconds += len(self.pods) * (self.now_s - self._counted_s)
+        self._counted_s = self.now_s
+
     def _forget(self, pod: SimPod) -> None:
+        self._count_pod_seconds()
         pod.gone = True
         self.preemptions += pod.preemptions
         self.pods.remove(pod)
@@ -352,7 +327,8 @@ class Fleet:
             )
         )
         signals = Signals(
-            observation=self._observe(),
+            now_s=self.now_s,
+            observation=self._observe() if self.controller.wants_reports else None,
             pods=[self._metrics(pod) for pod in self._ready],
             provisioned=self.samples[-1].provisioned,
             first_tokens=self._first_tokens,

@@ -70,7 +70,7 @@ class Hpa:
     """`target`: requests, running and waiting, that one pod is to hold; with `waiting_only` only those that wait."""
 
     period_s = 15.0
-    wants_predictions = False
+    wants_reports = wants_predictions = False
     tolerance = 0.1
     initial_readiness_s = 30.0
 

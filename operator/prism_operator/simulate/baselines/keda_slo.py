@@ -10,8 +10,8 @@ the worse of P90 TTFT and P90 TPOT over its objective (1-minute rates, rules eve
 
 then the HPA: up max(100 %, 4 pods) per 60 s with the minimum over 30 s, down one pod per 120 s with the maximum over
 180 s. The guide feeds the law latency that its router predicts, or measured latency where there is no predictor
-(`predicted=False`). The predictor is a regression of the 90 % quantile (latency predictor, LATENCY_QUANTILE_ALPHA), here
-of the TTFT of each arrival; TPOT is the mean since the last evaluation in both cases.
+(`predicted=False`). The predictor is a regression of the 90 % quantile (latency predictor, LATENCY_QUANTILE_ALPHA),
+here of the TTFT of each arrival; TPOT is the mean since the last evaluation in both cases.
 Both pass through the router's histogram buckets (llm-d-router, pkg/epp/metrics), which are coarse where the law looks:
 a pool whose TPOT lies anywhere between 40 and 60 ms reads as 58 ms.
 """
@@ -22,7 +22,32 @@ from prism_operator.simulate.baselines.history import Window, histogram_quantile
 from prism_operator.simulate.baselines.hpa import Behavior, RateLimit
 from prism_operator.simulate.control import Orders, Signals
 
-TTFT_BUCKETS_S = (0.005, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 1.25, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 45, 60, 120)
+TTFT_BUCKETS_S = (
+    0.005,
+    0.025,
+    0.05,
+    0.1,
+    0.2,
+    0.4,
+    0.6,
+    0.8,
+    1,
+    1.25,
+    1.5,
+    2,
+    3,
+    4,
+    5,
+    6,
+    8,
+    10,
+    15,
+    20,
+    30,
+    45,
+    60,
+    120,
+)
 TPOT_BUCKETS_S = (
     *(0.0005, 0.00205, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1),
     *(0.125, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 2),
@@ -44,6 +69,7 @@ class KedaSlo:
 
     period_s = 15.0
     name = "keda-slo"
+    wants_reports = False
 
     def __init__(
         self,
