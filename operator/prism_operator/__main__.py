@@ -1,4 +1,4 @@
-"""`prism-operator run`: settings, logging, uvloop, kopf. Wiring only."""
+"""`prism-operator run`: settings, logging, uvloop, kopf; `prism-operator simulate`. Wiring only."""
 
 import asyncio
 import logging
@@ -45,6 +45,10 @@ async def serve(options: settings.Settings) -> int:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["simulate"]:
+        from prism_operator.simulate import cli as simulate  # the operator itself needs none of it
+
+        sys.exit(simulate.main(sys.argv[2:]))
     options = settings.parse()
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLevelName(options.log_level)))

@@ -145,6 +145,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(run)
+    # Parsed by prism_operator.simulate.cli; here so that --help lists it.
+    commands.add_parser("simulate", help="play a trace against a simulated pool, without a cluster", add_help=False)
     arguments = parser.parse_args(argv)
     try:
         return from_arguments(arguments)

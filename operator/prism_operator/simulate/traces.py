@@ -12,7 +12,7 @@ import csv
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -75,7 +75,7 @@ def read(path: Path, how: Reading) -> list[SimRequest]:
     return sorted(found, key=lambda request: request.arrived_s)
 
 
-def _requests(path: Path, rows: csv.DictReader[str], how: Reading, rng: random.Random) -> Iterator[SimRequest]:
+def _requests(path: Path, rows: Iterable[dict[str, str]], how: Reading, rng: random.Random) -> Iterator[SimRequest]:
     prompts, outputs = exponential(how.prompt), exponential(how.output)
     for number, row in enumerate(rows, start=2):
         try:
@@ -173,7 +173,3 @@ def _prometheus(path: Path, text: str) -> list[Span]:
         raise TraceError(f"{path.name}: holds {len(times)} samples; a range of at least two is needed")
     step_s = min(later - earlier for earlier, later in pairwise(times))
     return [Span(at_s - times[0], at_s - times[0] + step_s, rates[at_s], 0, 0) for at_s in times]
-
-
-Reader = Callable[[int], list[SimRequest]]
-"""Seed to requests."""
