@@ -22,6 +22,9 @@ from prism_runtime.kernels.plan import PlanTensor
 LAUNCH_MULTIPLY_ADDS = 500_000
 """What the fixed cost of one more block of products would buy: about 10 us at 50 G multiply-adds a second, one core."""
 
+WEIGHT_BOUND_ROWS = 8
+"""A product with fewer rows takes as long as with these: reading the weights bounds it."""
+
 
 def sub_expert_moe(
     hidden: Tensor,
@@ -150,8 +153,9 @@ def _add_cells(
     """Add to `out` [m, H] what the kept cells [m, N] of one expert give for `rows` [m, H], without router weight."""
     length, (low, high) = len(rows), (runs[0][0], runs[-1][1])
     neurons, width = weights.w2.shape[2:]
-    spared = ((high - low) * length - sum(tally)) * 3 * neurons * width
-    if spared < (len(runs) - 1) * LAUNCH_MULTIPLY_ADDS:
+    whole = (high - low) * max(length, WEIGHT_BOUND_ROWS)
+    apart = sum((end - begin) * max(tally[begin], WEIGHT_BOUND_ROWS) for begin, end in runs)
+    if (whole - apart) * 3 * neurons * width < (len(runs) - 1) * LAUNCH_MULTIPLY_ADDS:
         _add_band(out, rows, expert, low, high, weights, keep[:, low:high])
         return
     for low, high in runs:
