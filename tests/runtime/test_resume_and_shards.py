@@ -3,25 +3,28 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from prism_runtime.__main__ import main
-from prism_runtime.refactor.recipe import merge_shards, refactor_model, run_shard
+from prism_runtime.refactor.recipe import ShardProgress, merge_shards, refactor_model, run_shard
 from prism_runtime.refactor.request import REQUEST_NAME, RefactorRequest
 from prism_runtime.refactor.stages import Shard, WorkFolderRefused
 from tests.runtime.letters import write_source
 
-POLICY = "random"
-"""The policy with the most to go wrong: every expert draws random numbers."""
+PASSES = {"random": 1, "prism": 2}
+"""Partition passes of the policies tested: the one where every expert draws random numbers, and the whole recipe."""
+OUTPUTS = {"random": 1 + 16 + 2, "prism": 2 + 2 + 1 + 16 + 1 + 16 + 2 + 1 + 2 + 1}
+"""Saliency, partition, quality of two points; for the recipe also rows, metric, limits, centre, gates, a point."""
 
 
-@pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> RefactorRequest:
+@pytest.fixture(scope="module", params=PASSES)
+def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RefactorRequest:
     source = write_source(tmp_path_factory.mktemp("source"))
     return RefactorRequest(
-        source, source.parent / "text.jsonl", policy=POLICY, sub_experts=4, points_permille=(500,), seed=3
+        source, source.parent / "text.jsonl", policy=request.param, sub_experts=4, points_permille=(500,), seed=3
     )
 
 
@@ -36,6 +39,23 @@ def expected(asked: RefactorRequest, tmp_path_factory: pytest.TempPathFactory) -
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def outputs(work: Path) -> set[str]:
+    return {path.name for path in work.glob("[!.]*.safetensors")}
+
+
+def run_shards(asked: RefactorRequest, works: Sequence[Path]) -> None:
+    """Every shard into its folder, pass by pass, as a Job does that is applied once for each pass."""
+    for number in range(PASSES[asked.policy]):
+        if number:  # the next pass reads all of the one before
+            for work in works:
+                for other in set(works) - {work}:
+                    for name in outputs(other):
+                        shutil.copy(other / name, work / name)
+        for index, work in enumerate(works):
+            done = run_shard(asked, work, Shard(index, len(works)))
+    assert done.pass_ == done.passes
 
 
 class Killed(BaseException):
@@ -57,40 +77,43 @@ def kill_after(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "replace", replacing)
 
 
-@pytest.mark.parametrize("finished", [0, 1, 8, 17, 18])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_a_run_killed_after_any_stage_resumes_to_the_same_bytes(
-    finished: int,
+    share: float,
     asked: RefactorRequest,
     expected: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    finished = round(share * (OUTPUTS[asked.policy] - 1))
     with monkeypatch.context() as patched:
         kill_after(finished, patched)
         with pytest.raises(Killed):
             refactor_model(asked, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    kept = {path.name for path in (tmp_path / "out.work").glob("[!.]*.safetensors")}
-    assert len(kept) == finished
-    refactor_model(asked, tmp_path / "out", resume=True)
+    assert len(outputs(tmp_path / "out.work")) == finished
+    refactor_model(asked, tmp_path / "out", work=tmp_path / "out.work", resume=True)
     assert content(tmp_path / "out") == expected
-    assert not (tmp_path / "out.work").exists()
+    assert len(outputs(tmp_path / "out.work")) == OUTPUTS[asked.policy]
 
 
 def test_a_resumed_run_calibrates_only_once(
     asked: RefactorRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_shard(asked, tmp_path / "work", Shard(0, 2))
-    monkeypatch.setattr("prism_runtime.refactor.calibration.calibrate", lambda *_: pytest.fail("calibrated again"))
+    for name in ("calibrate", "capture", "measure_metric"):
+        monkeypatch.setattr(f"prism_runtime.refactor.calibration.{name}", lambda *_: pytest.fail("calibrated again"))
     run_shard(asked, tmp_path / "work", Shard(1, 2))
 
 
 def test_two_shards_in_one_folder_merge_to_the_bytes_of_one_process(
     asked: RefactorRequest, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    done = [run_shard(asked, tmp_path / "work", Shard(index, 2)) for index in (1, 0)]
-    assert done == [8, 8]
-    merge_shards([tmp_path / "work"], tmp_path / "out")
+    work, passes = tmp_path / "work", PASSES[asked.policy]
+    first = [run_shard(asked, work, Shard(index, 2)) for index in (1, 0)]
+    assert first == [ShardProgress(8, 1, passes), ShardProgress(8, passes, passes)]
+    run_shard(asked, work, Shard(1, 2))
+    merge_shards([work], tmp_path / "out")
     assert content(tmp_path / "out") == expected
 
 
@@ -98,8 +121,7 @@ def test_three_shards_in_a_folder_each_merge_to_the_bytes_of_one_process(
     asked: RefactorRequest, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     works = [tmp_path / f"work-{index}" for index in range(3)]
-    for index, work in enumerate(works):
-        run_shard(asked, work, Shard(index, 3))
+    run_shards(asked, works)
     merge_shards(works, tmp_path / "out")
     assert content(tmp_path / "out") == expected
 
@@ -112,8 +134,7 @@ def test_a_missing_share_is_refused_by_name_and_no_artifact_appears(asked: Refac
 
 
 def test_a_damaged_share_counts_as_missing(asked: RefactorRequest, tmp_path: Path) -> None:
-    for index in (0, 1):
-        run_shard(asked, tmp_path / "work", Shard(index, 2))
+    run_shards(asked, [tmp_path / "work"])
     (damaged,) = (tmp_path / "work").glob("partition-1-2.*")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     with pytest.raises(WorkFolderRefused, match=r"1 of 16 outputs .*: partition-1-2\."):
@@ -133,7 +154,7 @@ def test_text_that_changed_since_the_shards_ran_makes_their_shares_missing(
     asked: RefactorRequest, tmp_path: Path
 ) -> None:
     text = Path(shutil.copy(asked.calibration, tmp_path / "text.jsonl"))
-    request = RefactorRequest(asked.model, text, policy=POLICY, sub_experts=4)
+    request = RefactorRequest(asked.model, text, policy="random", sub_experts=4)
     run_shard(request, tmp_path / "work", Shard(0, 1))
     text.write_text(text.read_text().replace("d1", "d2"))
     with pytest.raises(WorkFolderRefused, match="16 of 16 outputs are in none of"):
@@ -144,7 +165,7 @@ def test_a_work_folder_of_other_arguments_is_refused_and_kept(asked: RefactorReq
     run_shard(asked, tmp_path / "work", Shard(0, 2))
     before = content(tmp_path / "work")
     other = RefactorRequest(asked.model, asked.calibration, policy="sorted", sub_experts=4)
-    with pytest.raises(WorkFolderRefused, match=r"policy is random there, sorted here; .* Give another --work"):
+    with pytest.raises(WorkFolderRefused, match=r"policy is \w+ there, sorted here; .* Give another --work"):
         refactor_model(other, tmp_path / "out", work=tmp_path / "work")
     assert content(tmp_path / "work") == before
 
@@ -160,11 +181,13 @@ def test_command_line_shards_and_merges(
 ) -> None:
     work, out = str(tmp_path / "work"), str(tmp_path / "out")
     arguments = ["refactor", str(asked.model), "--calibration", str(asked.calibration), "--work", work]
-    arguments += ["--policy", POLICY, "--sub-experts", "4", "--points", "500", "--seed", "3"]
-    assert main([*arguments, "--shard", "0/2"]) == main([*arguments, "--shard", "1/2"]) == 0
+    arguments += ["--policy", asked.policy, "--sub-experts", "4", "--points", "500", "--seed", "3"]
+    assert [main([*arguments, "--shard", f"{index}/2"]) for index in (0, 1, 0)] == [0, 0, 0]
     assert main(["merge", work, "--out", out]) == 0
     printed = capsys.readouterr()
-    assert f"shard 1 of 2: 8 experts are in '{work}'" in printed.out
+    passes = PASSES[asked.policy]
+    assert f"shard 1 of 2: 8 tasks of pass {passes} of {passes} are in '{work}'" in printed.out
+    assert ("start this command again when they have finished" in printed.out) == (passes > 1)
     assert "MiB of memory: model in float32 " in printed.err
     assert content(tmp_path / "out") == expected
 

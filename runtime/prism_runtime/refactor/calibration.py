@@ -1,71 +1,118 @@
 """The stages that read the calibration text: saliency, rows, metric, and the limits of the swap search."""
 
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor
 
 from prism_runtime.refactor.calibrate import calibrate
-from prism_runtime.refactor.layer_search import Limits, PartitionSettings, energy_limits, starting_energies
-from prism_runtime.refactor.masked import Experts, LayerRows, capture, layer_experts
-from prism_runtime.refactor.metric import LayerMetric, fisher_metric, identity_metric, ordinary
+from prism_runtime.refactor.compensation import Trajectory
+from prism_runtime.refactor.fit import RecipeSettings, measure_metric, partition_settings
+from prism_runtime.refactor.layer_search import Limits, energy_limits, starting_energies
+from prism_runtime.refactor.masked import Experts, LayerRows, MaskedModel, capture
+from prism_runtime.refactor.metric import ordinary
 from prism_runtime.refactor.partition import Saliency
 from prism_runtime.refactor.pipeline import Run
-from prism_runtime.refactor.stages import Output, Stage, seed_of
+from prism_runtime.refactor.request import RefactorRequest
+from prism_runtime.refactor.sensitivity import fit_token_factor
+from prism_runtime.refactor.stages import Facts, Output, Stage
+
+Item = TypeVar("Item")
+
+COMPENSATIONS: dict[str, Trajectory | None] = {"lockstep": "lockstep", "dense": "dense", "none": None}
+
+
+class OnDisk(Sequence[Item]):
+    """One item a layer, read when it is asked for; the last two are kept. Threads may share it."""
+
+    def __init__(self, layers: int, load: Callable[[int], Item]) -> None:
+        self._layers = layers
+        # Experts that are worked on at the same time share a layer; two meet where one ends.
+        self._load = lru_cache(maxsize=2)(load)
+
+    def __len__(self) -> int:
+        return self._layers
+
+    @overload
+    def __getitem__(self, layer: int) -> Item: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[Item]: ...
+    def __getitem__(self, layer: int | slice) -> Item | Sequence[Item]:
+        if isinstance(layer, slice):
+            return [self._load(each) for each in range(*layer.indices(self._layers))]
+        if not 0 <= layer < self._layers:
+            raise IndexError(layer)
+        return self._load(layer)
 
 
 class Calibration:
-    """What is measured on the calibration text; each part once, when it is asked for. Layers count MoE layers."""
+    """What is measured on the calibration text; each part once, when it is asked for. Layers count MoE layers.
+
+    rows      of every layer, all tokens
+    ordinary  rows without tokens of massive activations
+    forms     [H, H] of every layer: the metric
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._layers = range(len(run.shape.moe_layers))
+        self.settings = recipe_settings(run.request)
+        layers = len(run.shape.moe_layers)
         self.saliency_stage = Stage.of("saliency", {}, run.root)
-        self.rows_stages = [Stage.of(f"rows-{layer}", {}, run.root) for layer in self._layers]
-        metric = {"metric": run.request.metric, "seed": run.request.seed}
-        self.metric_stages = [
-            Stage.of(f"metric-{layer}", metric, self.rows_stages[layer], run.root) for layer in self._layers
-        ]
-        # Threads of neighbouring experts share what they read; two layers meet where one ends.
-        self.rows = lru_cache(maxsize=2)(self._load_rows)
-        self.metric = lru_cache(maxsize=2)(self._load_metric)
+        self.rows_stages = [Stage.of(f"rows-{layer}", {}, run.root) for layer in range(layers)]
+        metric = {"metric": self.settings.metric, "samples": self.settings.fisher_samples, "seed": self.settings.seed}
+        self.metric_stages = [Stage.of(f"metric-{layer}", metric, self.rows_stages[layer]) for layer in range(layers)]
+        self.limits_stage = Stage.of("limits", _search_parameters(self.settings), *self.metric_stages)
+        self.rows = OnDisk(layers, self._load_rows)
+        self.ordinary = OnDisk(layers, self._load_ordinary)
+        self.forms = OnDisk(layers, self._load_form)
 
     @cached_property
     def saliency(self) -> list[Saliency]:
         """Of every MoE layer."""
         made = self._run.work.run(self.saliency_stage, self._measure_saliency).tensors
-        return [Saliency(*(made[f"{layer}.{name}"] for name in Saliency.__slots__)) for layer in self._layers]
+        layers = range(len(self._run.shape.moe_layers))
+        return [Saliency(*(made[f"{layer}.{name}"] for name in Saliency.__slots__)) for layer in layers]
 
     @cached_property
-    def experts(self) -> list[Experts]:
-        return layer_experts(self._run.model)
+    def masked(self) -> MaskedModel:
+        """Permuted by whoever uses it."""
+        return MaskedModel(self._run.model)
+
+    @cached_property
+    def experts(self) -> Sequence[Experts]:
+        """In the source's order; shares the memory of `masked`."""
+        self.masked.permute([_identity(self._run) for _ in self._run.shape.moe_layers])
+        return self.masked.experts
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Of the swap search's objective, over all layers."""
+        facts = self._run.work.run(self.limits_stage, self._measure_limits).facts
+        return Limits(tuple(facts["energy"]), tuple(facts["weights"]))
 
     def ensure_rows(self) -> None:
         """Run the stages of `rows`."""
         self._run.work.run_together(self.rows_stages, self._capture)
 
     def ensure_metric(self) -> None:
-        """Run the stages of `rows` and `metric`."""
+        """Run the stages of `rows` and `forms`."""
         self.ensure_rows()
         self._run.work.run_together(self.metric_stages, self._measure_metric)
 
-    def limits_stage(self, settings: PartitionSettings) -> Stage:
-        parameters = {"sub_experts": settings.sub_experts, "starts": settings.starts, "seed": settings.seed}
-        return Stage.of("limits", parameters, *self.metric_stages)
+    def token_factor(self, layer: int) -> Tensor | None:
+        """[H + 3], or None if the settings leave it out."""
+        if not self.settings.token_factor:
+            return None
+        (metric,) = self._run.work.require([self.metric_stages[layer]])
+        return fit_token_factor(self.rows[layer], metric.tensors["power"])
 
-    def limits(self, settings: PartitionSettings) -> Limits:
-        """Of the swap search's objective, over all layers."""
-
-        def measure() -> Output:
-            found = energy_limits(
-                [
-                    starting_energies(
-                        self.experts[layer], self.rows(layer), self.metric(layer).form, settings, layer=layer
-                    )
-                    for layer in self._layers
-                ]
-            )
-            return Output(facts={"energy": found.energy, "weights": found.weights})
-
-        facts = self._run.work.run(self.limits_stage(settings), measure).facts
-        return Limits(tuple(facts["energy"]), tuple(facts["weights"]))
+    def _measure_limits(self) -> Output:
+        asked = partition_settings(self.settings)
+        layers = zip(self.experts, self.ordinary, self.forms, strict=True)
+        found = energy_limits([starting_energies(*each, asked, layer=layer) for layer, each in enumerate(layers)])
+        return Output(facts={"energy": found.energy, "weights": found.weights})
 
     def _measure_saliency(self) -> Output:
         texts = self._run.texts.calibration
@@ -86,26 +133,41 @@ class Calibration:
         return [Output({name: getattr(rows, name) for name in LayerRows.__slots__}) for rows in captured]
 
     def _measure_metric(self) -> list[Output]:
-        texts, seed = self._run.texts.calibration, seed_of(self._run.request.seed, 0)
-        if self._run.request.metric == "identity":
-            tokens = sum(len(sequence.ids) for sequence in texts)
-            measured = identity_metric(len(self._layers), self._run.shape.hidden, tokens)
-        else:
-            with self._run.reporter.bar("metric", len(texts), "sequences") as advance:
-                measured = fisher_metric(self._run.model, texts, seed, advance=advance)
+        self._run.reporter.say(f"measure the metric ({self.settings.metric})")
+        measured = measure_metric(self._run.model, self._run.texts.calibration, self.settings)
         return [Output({"form": metric.form, "power": metric.power}) for metric in measured]
 
     def _load_rows(self, layer: int) -> LayerRows:
-        """Rows of one layer, without tokens of massive activations."""
-        rows = self._stored_rows(layer)
+        (rows,) = self._run.work.require([self.rows_stages[layer]])
+        return LayerRows(**rows.tensors)
+
+    def _load_ordinary(self, layer: int) -> LayerRows:
+        rows = self.rows[layer]
         return rows.select(ordinary(rows.rms))
 
-    def _load_metric(self, layer: int) -> LayerMetric:
-        """Metric of one layer; its power is that of the tokens of `rows`."""
-        self.ensure_metric()
-        stored = self._run.work.require([self.metric_stages[layer]])[0].tensors
-        return LayerMetric(stored["form"], stored["power"][ordinary(self._stored_rows(layer).rms)])
+    def _load_form(self, layer: int) -> Tensor:
+        (metric,) = self._run.work.require([self.metric_stages[layer]])
+        return metric.tensors["form"]
 
-    def _stored_rows(self, layer: int) -> LayerRows:
-        self.ensure_rows()
-        return LayerRows(**self._run.work.require([self.rows_stages[layer]])[0].tensors)
+
+def recipe_settings(request: RefactorRequest) -> RecipeSettings:
+    """The recipe that a request asks for."""
+    return RecipeSettings(
+        sub_experts=request.sub_experts,
+        metric="identity" if request.metric == "identity" else "fisher",
+        token_factor="token-factor" not in request.without,
+        centred="second-pass" not in request.without,
+        kappa=None if "adaptive-gate" in request.without else RecipeSettings().kappa,
+        allocation="layer" if request.allocation == "layer" else "single",
+        compensation=COMPENSATIONS[request.compensation],
+        seed=request.seed,
+    )
+
+
+def _search_parameters(settings: RecipeSettings) -> Facts:
+    asked = partition_settings(settings)
+    return {name: getattr(asked, name) for name in ("sub_experts", "starts", "proposals", "rows", "seed")}
+
+
+def _identity(run: Run) -> Tensor:
+    return torch.arange(run.shape.neurons).expand(run.shape.experts, -1)

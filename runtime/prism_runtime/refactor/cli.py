@@ -72,17 +72,47 @@ def _add_refactor(commands: CommandParsers) -> None:
     recipe = refactor.add_argument_group("recipe")
     recipe.add_argument(
         "--policy",
-        choices=("paper", "sorted", "random"),
-        default="sorted",
-        help="how neurons become sub-experts: sorted by router-weighted energy, by MoE-Prism's published partition, or "
-        "at random (default %(default)s)",
+        choices=("prism", "paper", "sorted", "random"),
+        default="prism",
+        help="prism: swap-search partition, and a gate that picks sub-experts for every token. The others are "
+        "baselines that run a prefix, as long as the router's rank deserves: of MoE-Prism's published partition, of "
+        "neurons sorted by energy, or of random ones (default %(default)s)",
     )
     recipe.add_argument("--sub-experts", type=int, default=8, metavar="N", help="sub-experts an expert (default 8)")
     recipe.add_argument(
         "--points",
         type=_permilles,
         metavar="875,750,...",
-        help="budgets in per-mille, multiples of 1000/N (default: all from 250); 'full' is always there",
+        help="budgets in per-mille, for prefixes multiples of 1000/N. One whose quality is not below that of every "
+        "larger one is left out. Default: every 50 from 250 that is on the convex hull and distinct; for prefixes all "
+        "from 250. 'full' is always there",
+    )
+    prism = refactor.add_argument_group("ingredients of policy prism")
+    prism.add_argument(
+        "--metric",
+        choices=("fisher", "identity"),
+        default="fisher",
+        help="norm of an output error: fisher weighs directions by what they do to predictions and needs a backward "
+        "pass; identity is for models too large for one (default %(default)s)",
+    )
+    prism.add_argument(
+        "--compensation",
+        choices=("lockstep", "dense", "none"),
+        default="lockstep",
+        help="low-rank repair of what is dropped, fitted along the sparse model or the full one (default %(default)s)",
+    )
+    prism.add_argument(
+        "--allocation",
+        choices=("single", "layer"),
+        default="single",
+        help="one threshold for all layers, or one for each (default %(default)s)",
+    )
+    prism.add_argument(
+        "--without",
+        action="append",
+        choices=("token-factor", "second-pass", "adaptive-gate"),
+        default=[],
+        help="leave an ingredient out, to see what it is worth; may be repeated",
     )
     recipe.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random (default 0)")
     recipe.add_argument(
@@ -137,6 +167,10 @@ def run_refactor(arguments: argparse.Namespace) -> int:
             policy=arguments.policy,
             sub_experts=arguments.sub_experts,
             points_permille=arguments.points and tuple(arguments.points),
+            metric=arguments.metric,
+            compensation=arguments.compensation,
+            allocation=arguments.allocation,
+            without=tuple(arguments.without),
             licence=arguments.licence,
             seed=arguments.seed,
             threads=arguments.threads,
@@ -153,7 +187,11 @@ def run_refactor(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return _refuse(error)
     index, count = arguments.shard
-    print(f"shard {index} of {count}: {done} experts are in '{arguments.work}'")
+    print(
+        f"shard {index} of {count}: {done.tasks} tasks of pass {done.pass_} of {done.passes} are in '{arguments.work}'"
+    )
+    if done.pass_ < done.passes:
+        print("The next pass reads the work of all shards: start this command again when they have finished.")
     return 0
 
 

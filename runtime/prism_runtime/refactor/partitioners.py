@@ -1,26 +1,30 @@
 """The partition's stages by policy: which tasks there are, what they read, and what each computes."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 
 import torch
 
 from prism_runtime.refactor.calibration import Calibration
-from prism_runtime.refactor.layer_search import PartitionSettings, partition_layer
+from prism_runtime.refactor.elastic import ElasticMethod
+from prism_runtime.refactor.fit import CENTRE_BUDGET, centre, fit_gates, partition_settings, token_factors
+from prism_runtime.refactor.layer_search import Limits, partition_layer
 from prism_runtime.refactor.paper import PaperSettings, fit_paper
-from prism_runtime.refactor.pipeline import Partitioner, PartitionTask, Run
+from prism_runtime.refactor.pipeline import Partitioner, PartitionTask, Run, partition_stages, perms_of
 from prism_runtime.refactor.stages import Output, Stage, seed_of
+from prism_runtime.refactor.thresholds import calibrate_thresholds, everything
 
 
-def partitioner_of(run: Run, calibration: Calibration) -> Partitioner:
-    """Of the request's policy."""
+def partitioners_of(run: Run, calibration: Calibration) -> list[Partitioner]:
+    """The passes of the request's policy; the last one gives the partition."""
+    if run.request.policy == "prism":
+        first = SwapPartitioner(run, calibration)
+        return [first, CentredPartitioner(run, calibration, first)] if calibration.settings.centred else [first]
     made: dict[str, Callable[[Run, Calibration], Partitioner]] = {
-        "prism": SwapPartitioner,
         "paper": PaperPartitioner,
         "sorted": SortedPartitioner,
         "random": RandomPartitioner,
     }
-    return made[run.request.policy](run, calibration)
+    return [made[run.request.policy](run, calibration)]
 
 
 class _Expertwise:
@@ -72,35 +76,92 @@ class RandomPartitioner(_Expertwise):
 
 
 class SwapPartitioner(_Expertwise):
-    """The swap search in the metric of the request."""
-
-    @cached_property
-    def _settings(self) -> PartitionSettings:
-        return PartitionSettings(self._run.shape.sub_experts, seed=self._run.request.seed)
+    """The swap search: the first of two passes, or the only one."""
 
     def prepare(self) -> None:
         self._calibration.ensure_metric()
-        self._limits = self._calibration.limits(self._settings)
-        _ = self._calibration.experts
+        _ = self._calibration.experts, self._calibration.limits
 
     def stage(self, task: PartitionTask) -> Stage:
-        settings = self._settings
-        parameters = {"policy": "prism", "proposals": settings.proposals, "rows": settings.rows}
-        return Stage.of(task.name, parameters, self._calibration.limits_stage(settings))
+        return Stage.of(task.name, {"policy": "prism"}, self._calibration.limits_stage)
 
     def partition(self, task: PartitionTask) -> Output:
-        experts, rows = self._calibration.experts[task.layer], self._calibration.rows(task.layer)
+        calibration, layer = self._calibration, task.layer
         perm = partition_layer(
-            experts,
-            rows,
-            self._calibration.metric(task.layer).form,
-            self._settings,
-            limits=self._limits,
-            layer=task.layer,
+            calibration.experts[layer],
+            calibration.ordinary[layer],
+            calibration.forms[layer],
+            partition_settings(calibration.settings),
+            limits=calibration.limits,
+            layer=layer,
             threads=1,
             chosen=task.experts,
         )
         return Output({"perm": perm})
+
+
+class CentredPartitioner(_Expertwise):
+    """The second pass of the swap search: from the first one's result, on what compensation will leave to lose."""
+
+    def __init__(self, run: Run, calibration: Calibration, first: SwapPartitioner) -> None:
+        super().__init__(run, calibration)
+        self._first = first
+        settings = calibration.settings
+        parameters = {
+            "token_factor": settings.token_factor,
+            "kappa": settings.kappa,
+            "allocation": settings.allocation,
+            "budget": CENTRE_BUDGET,
+        }
+        self._centre_stage = Stage.of("centre", parameters, *partition_stages(first))
+
+    def prepare(self) -> None:
+        self._first.prepare()
+        self._perms = perms_of(self._run, self._first)
+        centre_output = self._run.work.run(self._centre_stage, self._measure_centre)
+        self._means = [centre_output.tensors[f"{layer}.means"] for layer in range(len(self._perms))]
+        self._factors = [centre_output.tensors[f"{layer}.factor"] for layer in range(len(self._perms))]
+        facts = centre_output.facts
+        self._limits = Limits(tuple(facts["energy"]), tuple(facts["weights"]))
+
+    def stage(self, task: PartitionTask) -> Stage:
+        return Stage.of(f"centred-{task.name}", {"policy": "prism"}, self._centre_stage)
+
+    def partition(self, task: PartitionTask) -> Output:
+        calibration, layer = self._calibration, task.layer
+        perm = partition_layer(
+            calibration.experts[layer],
+            calibration.ordinary[layer],
+            calibration.forms[layer],
+            partition_settings(calibration.settings),
+            limits=self._limits,
+            layer=layer,
+            factor=self._factors[layer],
+            means=self._means[layer],
+            start=self._perms[layer],
+            threads=1,
+            chosen=task.experts,
+        )
+        return Output({"perm": perm})
+
+    def _measure_centre(self) -> Output:
+        calibration, settings = self._calibration, self._calibration.settings
+        self._run.reporter.say("measure what half a budget drops")
+        _ = calibration.experts
+        calibration.masked.permute(self._perms)
+        tokens = [calibration.token_factor(layer) for layer in range(len(self._perms))]
+        gates = fit_gates(calibration.masked, calibration.rows, calibration.forms, tokens, settings)
+        every = ElasticMethod(gates, everything(len(gates)))
+        by_layer = settings.allocation == "layer"
+        held = self._run.texts.held
+        bare = calibrate_thresholds(calibration.masked, held, every, CENTRE_BUDGET, by_layer=by_layer)
+        found = centre(
+            calibration.masked, calibration.ordinary, calibration.forms, bare, self._perms, settings.sub_experts
+        )
+        tensors = {f"{layer}.means": means for layer, means in enumerate(found.means)}
+        for layer, (rows, gate) in enumerate(zip(calibration.ordinary, gates, strict=True)):
+            tensors[f"{layer}.factor"] = token_factors(rows, gate)
+        return Output(tensors, {"energy": found.limits.energy, "weights": found.limits.weights})
 
 
 class PaperPartitioner:
@@ -123,6 +184,6 @@ class PaperPartitioner:
 
     def partition(self, task: PartitionTask) -> Output:
         settings = PaperSettings(self._run.shape.sub_experts, seed=self._run.request.seed)
-        experts, rows = self._calibration.experts[task.layer], self._calibration.rows(task.layer)
+        experts, rows = self._calibration.experts[task.layer], self._calibration.ordinary[task.layer]
         fitted = fit_paper(experts, rows, settings, layer=task.layer)
         return Output({"perm": fitted.perm, "gate_neurons": fitted.gate_neurons})

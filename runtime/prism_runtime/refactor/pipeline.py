@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prism_api.manifest import CalibrationText, Shape
+from prism_api.manifest import CalibrationText, MeasuredPoint, Shape
 from prism_runtime.engine.experts_hook import experts_modules, fused_projections
 from prism_runtime.engine.model import load_pretrained
 from prism_runtime.refactor.evaluate import require_spread
@@ -23,11 +23,13 @@ from prism_runtime.refactor.text import TokenSequence, cut_sequences, hold_out, 
 SEQUENCE_LENGTH = 256
 SEQUENCES_PER_DOMAIN = 64
 """Gives a standard error of 1 % of the KL at half budget on the embedded model, in minutes on one core."""
+SEQUENCES_FOR_THRESHOLDS = 24
+"""Of every domain; put the realised budget of six domains within about 1 % of the asked one."""
 WHOLE = Shard(0, 1)
 
 
 class Texts:
-    """Token sequences to calibrate on and to measure quality on, disjoint by document."""
+    """Token sequences to calibrate on, to choose thresholds on and to measure quality on, disjoint by document."""
 
     def __init__(self, request: RefactorRequest, tokenizer: Any, length: int) -> None:
         documents = read_documents(request.calibration)
@@ -41,6 +43,10 @@ class Texts:
                 )
         else:
             held = read_documents(request.evaluation)
+        self.held: Sequence[TokenSequence] = ()
+        if request.policy == "prism":
+            documents, for_thresholds = hold_out(documents)
+            self.held = cut_sequences(for_thresholds, tokenizer, length, SEQUENCES_FOR_THRESHOLDS)
         self.length = length
         self.calibration: Sequence[TokenSequence] = cut_sequences(documents, tokenizer, length, SEQUENCES_PER_DOMAIN)
         self.evaluation: Sequence[TokenSequence] = cut_sequences(held, tokenizer, length, SEQUENCES_PER_DOMAIN)
@@ -74,6 +80,14 @@ class PartitionTask:
     def name(self) -> str:
         first, last = self.experts[0], self.experts[-1]
         return f"partition-{self.layer}-{first}" + ("" if first == last else f"-{last}")
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Points in manifest order, and the manifest's entry of what selects for them."""
+
+    points: list[MeasuredPoint]
+    gate: dict[str, Any]
 
 
 class Partitioner(Protocol):

@@ -17,7 +17,7 @@ from prism_runtime.refactor.artifact import write_sidecar
 from prism_runtime.refactor.calibration import Calibration
 from prism_runtime.refactor.evaluate import PointQuality, evaluate_points
 from prism_runtime.refactor.partition import Partition, Saliency, allocate_prefixes, rank_energy
-from prism_runtime.refactor.pipeline import Run
+from prism_runtime.refactor.pipeline import Finished, Run
 from prism_runtime.refactor.progress import Advance
 from prism_runtime.refactor.request import RecipeRefused
 from prism_runtime.refactor.stages import Output, Stage
@@ -32,13 +32,11 @@ MOST_POINTS = 32
 class PrefixPoints:
     """Measures the points of one run and writes what they need into an artifact."""
 
-    gate: Mapping[str, Any] = {"kind": "none", "selection": "prefix", "allocation": "rank"}
-
     def __init__(self, run: Run, calibration: Calibration, partition: Sequence[Stage]) -> None:
         """`partition` are the stages that made what `finish` is given."""
         self._run, self._calibration, self._partition = run, calibration, partition
 
-    def finish(self, perms: Sequence[Tensor], checkpoint: Path) -> list[MeasuredPoint]:
+    def finish(self, perms: Sequence[Tensor], checkpoint: Path) -> Finished:
         """Measure on the permuted `checkpoint`, what is shipped, and write its sidecar; points in manifest order."""
         shape, saliency = self._run.shape, self._calibration.saliency
         partitions = [
@@ -50,7 +48,10 @@ class PrefixPoints:
         kept = strictly_rising(quality)
         by_layer = dict(zip(shape.moe_layers, partitions, strict=True))
         write_sidecar(checkpoint, by_layer, torch.stack([counts[permille] for permille in kept]))
-        return [_measured_point(permille, quality[permille]) for permille in kept]
+        return Finished(
+            [_measured_point(permille, quality[permille]) for permille in kept],
+            {"kind": "none", "selection": "prefix", "allocation": "rank"},
+        )
 
     def _quality(self, checkpoint: Path, counts: Mapping[int, Tensor]) -> dict[int, PointQuality]:
         work = self._run.work

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from prism_api import FULL
@@ -18,8 +19,9 @@ from prism_runtime.refactor.artifact import (
 )
 from prism_runtime.refactor.calibration import Calibration
 from prism_runtime.refactor.evaluate import PointQuality, evaluate_points
+from prism_runtime.refactor.gated import GatedPoints
 from prism_runtime.refactor.memory import memory_needed
-from prism_runtime.refactor.partitioners import partitioner_of
+from prism_runtime.refactor.partitioners import partitioners_of
 from prism_runtime.refactor.pipeline import Run, partition_stages, perms_of, run_partition
 from prism_runtime.refactor.prefixes import PrefixPoints
 from prism_runtime.refactor.progress import Reporter
@@ -61,8 +63,8 @@ def refactor_model(
     return manifest
 
 
-def run_shard(request: RefactorRequest, work: Path, shard: Shard, reporter: Reporter | None = None) -> int:
-    """Run one process's share of the partition tasks into the folder `work`; returns their number."""
+def run_shard(request: RefactorRequest, work: Path, shard: Shard, reporter: Reporter | None = None) -> "ShardProgress":
+    """Run one process's share of the partition tasks into the folder `work`."""
     return _Recipe(request, work, reporter or Reporter()).run_shard(shard)
 
 
@@ -93,6 +95,15 @@ def evaluate_artifact(directory: Path, text: Path, sequences_per_domain: int | N
     return {name: quality[index] for index, name in enumerate(names)}
 
 
+@dataclass(frozen=True, slots=True)
+class ShardProgress:
+    """Done: `tasks`, the share of pass `pass_` of `passes`. Passes that follow wait for the other shards."""
+
+    tasks: int
+    pass_: int
+    passes: int
+
+
 class _Recipe:
     """The stages of one request, by its policy."""
 
@@ -102,24 +113,32 @@ class _Recipe:
         self._run = Run(request, WorkFolder(folder, others), reporter)
         request.write(folder)
         self._calibration = Calibration(self._run)
-        self._partitioner = partitioner_of(self._run, self._calibration)
+        self._passes = partitioners_of(self._run, self._calibration)
 
-    def run_shard(self, shard: Shard) -> int:
-        return run_partition(self._run, self._partitioner, shard)
+    def run_shard(self, shard: Shard) -> ShardProgress:
+        """Run the share of every pass whose predecessor is whole; returns what is done."""
+        for number, partitioner in enumerate(self._passes):
+            done = run_partition(self._run, partitioner, shard)
+            last = number + 1 == len(self._passes)
+            if last or not self._run.work.has(partition_stages(partitioner)):
+                break
+        return ShardProgress(done, number + 1, len(self._passes))
 
     def require_partition(self) -> None:
-        self._run.work.require(partition_stages(self._partitioner))
+        for partitioner in self._passes:
+            self._run.work.require(partition_stages(partitioner))
 
     def finish(self, out: Path) -> Manifest:
         request, run = self._run.request, self._run
-        perms = perms_of(run, self._partitioner)
-        points = PrefixPoints(run, self._calibration, partition_stages(self._partitioner))
+        stages = partition_stages(self._passes[-1])
+        points = (GatedPoints if request.policy == "prism" else PrefixPoints)(run, self._calibration, stages)
+        perms = perms_of(run, self._passes[-1])
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
             target = Path(scratch) / "artifact"
             target.mkdir()
             write_checkpoint(request.model, target, dict(zip(run.shape.moe_layers, perms, strict=True)))
-            measured = points.finish(perms, target)
+            finished = points.finish(perms, target)
             manifest = Manifest(
                 tools=tools(),
                 source=SourceModel(
@@ -133,9 +152,9 @@ class _Recipe:
                 calibration=Calibrated(
                     texts=run.texts.provenance, sequence_length=run.texts.length, seeds=[request.seed]
                 ),
-                partition={"policy": request.policy, "metric": request.metric},
-                gate=dict(points.gate),
-                operating_points=measured,
+                partition={"policy": request.policy, "metric": request.metric, "passes": len(self._passes)},
+                gate=finished.gate,
+                operating_points=finished.points,
             )
             write_manifest(target, manifest)
             shutil.move(target, out)

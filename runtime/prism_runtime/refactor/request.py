@@ -18,8 +18,13 @@ from prism_runtime.refactor.stages import Stage, WorkFolderRefused
 
 REQUEST_NAME = "prism_request.json"
 PACKAGES = ("moe-prism", "torch", "transformers")
-POLICIES = ("prism", "paper", "sorted", "random")
-METRICS = ("fisher", "identity")
+CHOICES = {
+    "policy": ("prism", "paper", "sorted", "random"),
+    "metric": ("fisher", "identity"),
+    "compensation": ("lockstep", "dense", "none"),
+    "allocation": ("single", "layer"),
+}
+INGREDIENTS = ("token-factor", "second-pass", "adaptive-gate")
 PATHS = ("model", "calibration", "evaluation")
 
 
@@ -34,6 +39,9 @@ class RefactorRequest:
     evaluation       text for the points' quality; None holds every fourth calibration document out for it
     policy           how neurons become sub-experts
     metric           of the partition's objective: 'fisher' needs a backward pass, 'identity' none
+    compensation     policy 'prism': trajectory that what repairs the drops is fitted on, or 'none'
+    allocation       policy 'prism': a 'single' threshold, or one a 'layer'
+    without          policy 'prism': ingredients to leave out
     points_permille  budgets to measure; None takes the policy's default
     seed             of everything random
     threads          CPU threads of tensor operations: sums in another order are other bytes
@@ -46,6 +54,9 @@ class RefactorRequest:
     sub_experts: int = 8
     points_permille: tuple[int, ...] | None = None
     metric: str = "fisher"
+    compensation: str = "lockstep"
+    allocation: str = "single"
+    without: tuple[str, ...] = ()
     licence: str = "unspecified"
     seed: int = 0
     threads: int = 1
@@ -58,11 +69,11 @@ class RefactorRequest:
         for text in (self.calibration, self.evaluation):
             if text is not None and not text.is_file():
                 raise RecipeRefused(f"there is no text file '{text}'")
-        if self.policy not in POLICIES or self.metric not in METRICS:
-            raise RecipeRefused(
-                f"the policy is one of {', '.join(POLICIES)} and the metric one of {', '.join(METRICS)}; "
-                f"found '{self.policy}' and '{self.metric}'"
-            )
+        for name, known in CHOICES.items():
+            if (found := getattr(self, name)) not in known:
+                raise RecipeRefused(f"{name} is one of {', '.join(known)}; found '{found}'")
+        if unknown := set(self.without) - set(INGREDIENTS):
+            raise RecipeRefused(f"ingredients are {', '.join(INGREDIENTS)}; found {sorted(unknown)}")
         if self.sub_experts < 1:
             raise RecipeRefused(f"--sub-experts must be at least 1; found {self.sub_experts}")
         if self.threads < 1:
@@ -107,7 +118,9 @@ class RefactorRequest:
                 raise ValueError(f"its arguments are not those of this version: {sorted(unknown)}")
             paths = {name: content[name] and Path(content[name]) for name in PATHS}
             points = content["points_permille"]
-            return cls(**content | paths | {"points_permille": points and tuple(points)})
+            return cls(
+                **content | paths | {"points_permille": points and tuple(points), "without": tuple(content["without"])}
+            )
         except FileNotFoundError:
             raise WorkFolderRefused(
                 f"'{work}' has no {REQUEST_NAME}: it is no folder that 'prism-runtime refactor --work' has filled"
@@ -117,7 +130,14 @@ class RefactorRequest:
 
     def to_json(self) -> dict[str, Any]:
         paths = {name: path and str(path.resolve()) for name in PATHS for path in [getattr(self, name)]}
-        return asdict(self) | paths | {"points_permille": self.points_permille and list(self.points_permille)}
+        return (
+            asdict(self)
+            | paths
+            | {
+                "points_permille": self.points_permille and list(self.points_permille),
+                "without": sorted(self.without),
+            }
+        )
 
 
 def same_request(works: Sequence[Path]) -> RefactorRequest:

@@ -95,9 +95,13 @@ class WorkFolder:
             raise WorkFolderRefused(f"'{path}' was damaged while it was written; check the disk")
         return written
 
+    def has(self, stages: Iterable[Stage]) -> bool:
+        """Whether every stage has an intact output."""
+        return all(self.find(stage) is not None for stage in stages)
+
     def run_together(self, stages: Sequence[Stage], compute: Callable[[], Iterable[Output]]) -> None:
         """Run stages whose outputs come from one computation, in their order, unless all are there."""
-        if all(self.find(stage) is not None for stage in stages):
+        if self.has(stages):
             return
         for stage, output in zip(stages, compute(), strict=True):
             _write(self._folder / stage.file_name, stage, output)
