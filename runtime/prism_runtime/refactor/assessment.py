@@ -80,19 +80,19 @@ def assess_artifact(directory: Path, texts: Sequence[Path], options: AssessmentO
     masked = MaskedModel(model)
     subjects = artifact_subjects(artifact)
     if options.baselines:
-        reporter.say("Setting the baselines' thresholds.")
         held = interleave(sequences)[:THRESHOLD_SEQUENCES]
-        subjects += baseline_subjects(masked, cut, held, known)
+        with reporter.bar("set the baselines' thresholds", len(cut.budgets), "budgets") as advance:
+            subjects += baseline_subjects(masked, cut, held, known, advance)
     watching = Watching(cut.layers, cut.sub_experts, OracleGate(ORACLE, cut.groups(), cut.sub_experts))
     with reporter.bar("evaluate", len(sequences), "sequences") as advance:
         rows = evaluate_methods(masked, sequences, [*subjects, _everything(cut.top_k)], watching, advance)
     touched: dict[int, list[Touching]] = {}
     for size in options.step_tokens:
-        reporter.say(f"Counting the bytes that steps of {size} tokens touch.")
-        touched[size] = measure_touching(masked, sequences, step_subjects(artifact, cut), size)
+        with reporter.bar(f"steps of {size} tokens", len(sequences), "sequences") as advance:
+            touched[size] = measure_touching(masked, sequences, step_subjects(artifact, cut), size, advance)
     if known is not None:
-        reporter.say("Searching the published method's partition.")
-        published = paper_subjects(masked, cut, known)
+        with reporter.bar("the published method's partition", cut.layers * cut.experts, "experts") as advance:
+            published = paper_subjects(masked, cut, known, advance)
         with reporter.bar("evaluate it", len(sequences), "sequences") as advance:
             rows += evaluate_methods(masked, sequences, published, advance=advance)
     return {

@@ -107,11 +107,16 @@ class StepSubject:
 
 
 def measure_touching(
-    model: MaskedForward, sequences: Sequence[TokenSequence], subjects: Sequence[StepSubject], step_tokens: int
+    model: MaskedForward,
+    sequences: Sequence[TokenSequence],
+    subjects: Sequence[StepSubject],
+    step_tokens: int,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[Touching]:
     """Run every subject on as many full steps as the sequences give; a rest of them is left out.
 
-    Sequences of different domains share a step, as requests do. Raises ValueError if they are too few for one step.
+    Sequences of different domains share a step, as requests do. `advance` is told the sequences of
+    each batch. Raises ValueError if they are too few for one step.
     """
     mixed = interleave(sequences)
     usable = len(mixed) // step_tokens * step_tokens
@@ -126,6 +131,7 @@ def measure_touching(
             point = model.log_probabilities(batch, count)
             # One sequence at a time: a step's probabilities are large enough without copies of all of them.
             parts.append(torch.stack([(a.exp() * (a - b)).sum(-1).mean() for a, b in zip(full, point, strict=True)]))
+        advance(len(batch))
     return [
         Touching(
             subject.selection,

@@ -31,6 +31,7 @@ from prism_runtime.refactor.evaluate import Subject
 from prism_runtime.refactor.masked import MaskedModel, capture
 from prism_runtime.refactor.method import Choice, Method, Slots
 from prism_runtime.refactor.paper import PaperMethod, PaperSettings, fit_paper
+from prism_runtime.refactor.progress import Advance
 from prism_runtime.refactor.text import TokenSequence
 from prism_runtime.refactor.trace import batches
 
@@ -96,12 +97,17 @@ def artifact_subjects(artifact: Artifact) -> list[Subject]:
 
 
 def baseline_subjects(
-    masked: MaskedModel, cut: Cut, text: Sequence[TokenSequence], calibration: Sequence[TokenSequence] | None
+    masked: MaskedModel,
+    cut: Cut,
+    text: Sequence[TokenSequence],
+    calibration: Sequence[TokenSequence] | None,
+    advance: Advance = lambda _: None,
 ) -> list[Subject]:
     """Every baseline at the budgets of whole experts; oracles on the artifact's partition and on others.
 
     text         oracles' thresholds are set on it to the budget: they know what is to come in any case
     calibration  static choices take their averages and thresholds from it; without it they are left out
+    advance      is told each of `cut.budgets` that is done
     """
     energies = None if calibration is None else _energies(masked, calibration)
     subjects = []
@@ -129,13 +135,16 @@ def baseline_subjects(
             subjects.append(Subject("static pruning", budget, StaticMask("static pruning", masks)))
             prior = PriorGate("sorted static", sorted_groups(energies, cut.sub_experts), cut.sub_experts, energies)
             subjects.append(_at_budget(masked, prior, calibration, budget))
+        advance(1)
     return subjects
 
 
-def paper_subjects(masked: MaskedModel, cut: Cut, calibration: Sequence[TokenSequence]) -> list[Subject]:
+def paper_subjects(
+    masked: MaskedModel, cut: Cut, calibration: Sequence[TokenSequence], advance: Advance = lambda _: None
+) -> list[Subject]:
     """The published method at the same budgets; `masked`, not permuted before, stands in its partition afterwards.
 
-    Empty if an expert cannot be cut into its four sub-experts.
+    Empty if an expert cannot be cut into its four sub-experts. `advance` is told each expert that is searched.
     """
     if cut.neurons % PAPER_SUB_EXPERTS:
         return []
@@ -146,7 +155,7 @@ def paper_subjects(masked: MaskedModel, cut: Cut, calibration: Sequence[TokenSeq
     )
     rows = capture(masked.model, calibration)
     layers = [
-        fit_paper(experts, layer_rows, settings, layer=layer)
+        fit_paper(experts, layer_rows, settings, layer=layer, on_expert=lambda *_: advance(1))
         for layer, (experts, layer_rows) in enumerate(zip(masked.experts, rows, strict=True))
     ]
     masked.permute([layer.perm for layer in layers])
