@@ -26,8 +26,13 @@ def refusals() -> list[Any]:
         ("unknown stream option", {"stream": True, "stream_options": {"colour": 1}}, 400, "colour"),
         ("stream options without stream", {"stream_options": {"include_usage": True}}, 400, "stream_options"),
         ("two choices", {"n": 2}, 400, "n"),
-        ("log probabilities", {"logprobs": 0}, 400, "logprobs"),
-        ("a penalty", {"presence_penalty": 0.5}, 400, "presence_penalty"),
+        ("six log probabilities", {"logprobs": 6}, 400, "logprobs"),
+        ("a penalty too large", {"presence_penalty": 2.5}, 400, "presence_penalty"),
+        ("a repetition penalty of zero", {"repetition_penalty": 0}, 400, "repetition_penalty"),
+        ("top_k below minus one", {"top_k": -2}, 400, "top_k"),
+        ("min_p above one", {"min_p": 1.5}, 400, "min_p"),
+        ("a bias of a word", {"logit_bias": {"the": 1}}, 400, "logit_bias"),
+        ("a bias too large", {"logit_bias": {"5": 101}}, 400, "logit_bias"),
         ("tools", {"tools": [{"type": "function"}]}, 400, "tools"),
         ("no tokens wanted", {"max_tokens": 0}, 400, "max_tokens"),
         ("a truth value as a number", {"max_tokens": True}, 400, "max_tokens"),
@@ -108,7 +113,7 @@ def test_unknown_path_and_wrong_method_are_answered_in_the_apis_shape() -> None:
 
 
 def test_neutral_values_of_parameters_without_implementation_are_accepted() -> None:
-    neutral = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "presence_penalty": 0, "frequency_penalty": 0.0}
+    neutral = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logprobs": None, "tools": []}
 
     async def scenario() -> None:
         async with serving(ScriptedEngine()) as served:
@@ -123,12 +128,26 @@ def test_sampling_parameters_reach_the_engine_as_they_were_sent() -> None:
         async with serving(engine) as served:
             await served.complete(prompt=[1, 2, 3], temperature=0, top_p=0.5, seed=-7, max_tokens=3)
             await served.complete(ignore_eos=True)
-        first, second = engine.requests
+            shaped = {
+                "top_k": 4,
+                "min_p": 0.1,
+                "presence_penalty": 1,
+                "frequency_penalty": -0.5,
+                "logit_bias": {"7": -9},
+            }
+            await served.complete(**shaped, repetition_penalty=1.2, logprobs=2)
+            await served.complete(top_k=-1)
+        first, second, third, fourth = engine.requests
         assert first.prompt == (1, 2, 3)
         sampling = first.sampling
         assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.max_tokens) == (0.0, 0.5, -7, 3)
         assert sampling.stop_token_ids == {END}
         assert second.sampling.stop_token_ids == frozenset()
+        assert (third.sampling.top_k, third.sampling.min_p, third.sampling.top_logprobs) == (4, 0.1, 2)
+        penalties = third.sampling
+        assert (penalties.presence_penalty, penalties.frequency_penalty) == (1.0, -0.5)
+        assert (penalties.repetition_penalty, penalties.logit_bias) == (1.2, ((7, -9.0),))
+        assert fourth.sampling.top_k == 0
 
     asyncio.run(scenario())
 

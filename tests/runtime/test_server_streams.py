@@ -197,3 +197,28 @@ def test_official_client_raises_on_an_error_event() -> None:
                 _ = [chunk async for chunk in answer]
 
     asyncio.run(scenario())
+
+
+def test_log_probabilities_come_with_every_token_of_whole_and_streamed_answers() -> None:
+    async def scenario() -> None:
+        async with client_of(ScriptedEngine(lambda request: b"ab")) as client:
+            ask = {"model": MODEL, "prompt": "hello", "max_tokens": 2}
+            whole = (await client.completions.create(**ask, logprobs=1)).choices[0].logprobs
+            assert whole is not None
+            assert (whole.tokens, whole.token_logprobs, whole.text_offset) == (["a", "b"], [-0.5, -0.5], [0, 1])
+            assert whole.top_logprobs == [{"a": -0.5}, {"b": -0.5}]
+            pieces = [piece async for piece in await client.completions.create(**ask, logprobs=1, stream=True)]
+            tokens = [piece.choices[0].logprobs.tokens for piece in pieces if piece.choices[0].logprobs]
+            assert tokens == [["a"], ["b"]]
+            assert (await client.completions.create(**ask)).choices[0].logprobs is None
+
+            talk: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+            chat = (await client.chat.completions.create(**talk, logprobs=True, top_logprobs=2)).choices[0].logprobs
+            assert chat is not None
+            [content] = chat.content
+            assert (content.token, content.bytes, content.logprob) == ("a", [97], -0.5)
+            assert [(each.token, each.logprob) for each in content.top_logprobs] == [("a", -0.5), ("z", -1.5)]
+            with pytest.raises(openai.BadRequestError, match="top_logprobs"):
+                await client.chat.completions.create(**talk, top_logprobs=2)
+
+    asyncio.run(scenario())

@@ -1,5 +1,6 @@
 """The engine: continuous batching over an elastic model, one iteration per `step()`."""
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from prism_api.points import Ladder
 from prism_runtime.engine.cache import BLOCK_TOKENS, BlockBudget, blocks_for
 from prism_runtime.engine.drift import DriftGuard
 from prism_runtime.engine.model import Chunk, ElasticModel, load_pretrained
-from prism_runtime.engine.sampler import sample
+from prism_runtime.engine.sampler import History, log_probabilities, sample
 from prism_runtime.engine.scheduler import Scheduler, Slice, context_tokens
 from prism_runtime.engine.types import (
     EngineLoad,
@@ -25,6 +26,7 @@ from prism_runtime.engine.types import (
     Plan,
     Rejected,
     Request,
+    Sampling,
     StepReport,
     Token,
 )
@@ -136,10 +138,37 @@ class Engine:
             raise Rejected(f"temperature must be finite and at least 0; found {sampling.temperature}", "temperature")
         if not 0 < sampling.top_p <= 1:
             raise Rejected(f"top_p must be greater than 0 and at most 1; found {sampling.top_p}", "top_p")
+        self._validate_shaping(sampling)
         if not 0 <= request.service_class < len(self.plan.class_point):
             raise Rejected(
                 f"service class {request.service_class} is not one of the plan's {len(self.plan.class_point)}",
                 "service_class",
+            )
+
+    def _validate_shaping(self, sampling: Sampling) -> None:
+        if sampling.top_k < 0:
+            raise Rejected(f"top_k must be at least 1, or 0 for all tokens; found {sampling.top_k}", "top_k")
+        if not 0 <= sampling.min_p <= 1:
+            raise Rejected(f"min_p must be between 0 and 1; found {sampling.min_p}", "min_p")
+        if not 0 < sampling.repetition_penalty < float("inf"):
+            raise Rejected(
+                f"repetition_penalty must be greater than 0; found {sampling.repetition_penalty}", "repetition_penalty"
+            )
+        for name, value in (
+            ("presence_penalty", sampling.presence_penalty),
+            ("frequency_penalty", sampling.frequency_penalty),
+        ):
+            if not math.isfinite(value):
+                raise Rejected(f"{name} must be finite; found {value}", name)
+        if sampling.top_logprobs is not None and not 0 <= sampling.top_logprobs <= self.vocabulary_size:
+            raise Rejected(
+                f"top_logprobs must be between 0 and the vocabulary's {self.vocabulary_size}; "
+                f"found {sampling.top_logprobs}",
+                "top_logprobs",
+            )
+        if outside := [token for token, _ in sampling.logit_bias if not 0 <= token < self.vocabulary_size]:
+            raise Rejected(
+                f"{len(outside)} ids of logit_bias are outside the vocabulary of {self.vocabulary_size}", "logit_bias"
             )
 
     def submit(self, request: Request) -> None:
@@ -251,15 +280,19 @@ class Engine:
         if not complete:
             return
         sequences = [piece.sequence for piece, _ in complete]
+        logits = torch.stack([row for _, row in complete])
         tokens = sample(
-            torch.stack([row for _, row in complete]),
+            logits,
             [sequence.request.sampling for sequence in sequences],
             [sequence.draws.random() for sequence in sequences],
+            [_history(piece) for piece, _ in complete],
         )
-        for (piece, _), sequence, token in zip(complete, sequences, tokens, strict=True):
+        for (piece, row), sequence, token in zip(complete, sequences, tokens, strict=True):
             request, sampling = sequence.request, sequence.request.sampling
             sequence.tokens.append(token)
-            yield Token(request.request_id, token, self.plan.version, self.plan.class_point[request.service_class])
+            point = self.plan.class_point[request.service_class]
+            likely = None if sampling.top_logprobs is None else log_probabilities(row, token, sampling.top_logprobs)
+            yield Token(request.request_id, token, self.plan.version, point, likely)
             if token in sampling.stop_token_ids:
                 yield self._finish(piece, FinishReason.STOP)
             elif sequence.generated == sampling.max_tokens:
@@ -273,6 +306,11 @@ class Engine:
             # The id is free again: a cancel that came during this step must not hit its next bearer.
             self._cancelled.pop(request_id, None)
         return Finished(request_id, reason, error)
+
+
+def _history(piece: Slice) -> History:
+    prompt = piece.sequence.request.prompt
+    return History(prompt, piece.sequence.tokens[len(prompt) :])
 
 
 def _chunk(piece: Slice) -> Chunk:

@@ -9,13 +9,37 @@ from enum import StrEnum
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Per-request sampling. temperature 0 is greedy. A seed makes draws independent of batch mates."""
+    """Per-request sampling. temperature 0 is greedy. A seed makes draws independent of batch mates.
+
+    top_k               only the most likely tokens, ties with the last one included; 0 for all
+    min_p               only tokens at least this share as likely as the most likely one
+    presence_penalty    taken from the logit of every token that the answer holds already
+    frequency_penalty   the same, once for each time
+    repetition_penalty  divides positive logits and multiplies negative ones of tokens of prompt and answer (CTRL,
+                        arXiv 1909.05858); 1 for none
+    logit_bias          (token id, what to add to its logit)
+    top_logprobs        how many of the most likely tokens to report with each token; 0 for the token itself alone, None
+                        for nothing
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int | None = None
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether logits change before temperature: what even a greedy choice must see."""
+        penalised = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(penalised or self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +61,15 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class LogProbabilities:
+    """Of one token and of the most likely ones in its place, most likely first: the model's own at the operating point,
+    before bias, penalties and temperature."""
+
+    token: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """One generated token, with the plan version and the operating point (ladder index) of the step that made it."""
 
@@ -44,6 +77,7 @@ class Token:
     token_id: int
     plan_version: int
     point: int
+    log_probabilities: LogProbabilities | None = None
 
 
 @dataclass(frozen=True, slots=True)

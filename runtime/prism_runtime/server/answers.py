@@ -15,11 +15,23 @@ class GenerationFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Chance:
+    """A token's text and log probability, those of the most likely tokens in its place, and where its text begins."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that became certain with one event; the last piece carries the reason."""
+    """Text that became certain with one event; the last piece carries the reason. `chance` is of the event's token, if
+    the request asked for log probabilities."""
 
     text: str
     finish_reason: str | None = None
+    chance: Chance | None = None
 
 
 @dataclass(slots=True)
@@ -45,7 +57,9 @@ class Answer:
         self.generation = generation
         self.usage = Usage(prompt_tokens=len(generation.request.prompt))
         self.point: int | None = None
+        self._decoder = decoder
         self._text = Detokenizer(decoder)
+        self._offset = 0
         self._stops = StopStrings(stops)
 
     async def first(self) -> Piece:
@@ -67,21 +81,34 @@ class Answer:
             self.usage.completion_tokens += 1
             if self.point is None:
                 self.point = event.point
+            chance = self._chance(event)
             text = self._stops.push(self._text.push(event.token_id))
             if self._stops.stopped:
                 self.generation.complete()
-                return Piece(text, FinishReason.STOP)
+                return Piece(text, FinishReason.STOP, chance)
             finished = self.generation.take_finished()
-            return self._last(text, finished) if finished else Piece(text)
+            return self._last(text, finished, chance) if finished else Piece(text, chance=chance)
         return self._last("", event)
 
-    def _last(self, text: str, event: Finished) -> Piece:
+    def _chance(self, event: Token) -> Chance | None:
+        if event.log_probabilities is None:
+            return None
+        text, offset = self._alone(event.token_id), self._offset
+        self._offset += len(text)
+        top = tuple((self._alone(token), logprob) for token, logprob in event.log_probabilities.top)
+        return Chance(text, event.log_probabilities.token, top, offset)
+
+    def _alone(self, token_id: int) -> str:
+        """A token's own text; half a character is a replacement character here."""
+        return self._decoder.decode([token_id], skip_special_tokens=False)
+
+    def _last(self, text: str, event: Finished, chance: Chance | None = None) -> Piece:
         if event.reason not in (FinishReason.STOP, FinishReason.LENGTH):
             raise GenerationFailed(event.error or f"the request ended as {event.reason}")
         text += self._stops.push(self._text.flush())
         if self._stops.stopped:
-            return Piece(text, FinishReason.STOP)
-        return Piece(text + self._stops.flush(), event.reason)
+            return Piece(text, FinishReason.STOP, chance)
+        return Piece(text + self._stops.flush(), event.reason, chance)
 
 
 class CompletionShape:
@@ -95,16 +122,23 @@ class CompletionShape:
         return None
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        return self._head | {"choices": [self._choice(piece.text, piece.finish_reason)]}
+        chances = [piece.chance] if piece.chance else []
+        return self._head | {"choices": [self._choice(piece.text, piece.finish_reason, chances)]}
 
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
-        return self._head | {"choices": [self._choice(text, finish_reason)], "usage": usage.to_wire()}
+    def whole(self, text: str, finish_reason: str, usage: Usage, chances: Sequence[Chance]) -> dict[str, Any]:
+        return self._head | {"choices": [self._choice(text, finish_reason, chances)], "usage": usage.to_wire()}
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return self._head | {"choices": [], "usage": usage.to_wire()}
 
-    def _choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(self, text: str, finish_reason: str | None, chances: Sequence[Chance]) -> dict[str, Any]:
+        logprobs = {
+            "tokens": [chance.text for chance in chances],
+            "token_logprobs": [chance.logprob for chance in chances],
+            "top_logprobs": [dict(chance.top) for chance in chances],
+            "text_offset": [chance.offset for chance in chances],
+        }
+        return {"index": 0, "text": text, "logprobs": logprobs if chances else None, "finish_reason": finish_reason}
 
 
 class ChatShape:
@@ -117,19 +151,33 @@ class ChatShape:
         return self._chunk({"role": "assistant", "content": ""}, None)
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        return self._chunk({"content": piece.text}, piece.finish_reason)
+        return self._chunk({"content": piece.text}, piece.finish_reason, [piece.chance] if piece.chance else [])
 
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+    def whole(self, text: str, finish_reason: str, usage: Usage, chances: Sequence[Chance]) -> dict[str, Any]:
+        choice = self._choice(finish_reason, chances) | {"message": {"role": "assistant", "content": text}}
         return self._head | {"object": "chat.completion", "choices": [choice], "usage": usage.to_wire()}
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return self._head | {"object": "chat.completion.chunk", "choices": [], "usage": usage.to_wire()}
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self, delta: dict[str, str], finish_reason: str | None, chances: Sequence[Chance] = ()
+    ) -> dict[str, Any]:
+        choice = self._choice(finish_reason, chances) | {"delta": delta}
         return self._head | {"object": "chat.completion.chunk", "choices": [choice]}
+
+    def _choice(self, finish_reason: str | None, chances: Sequence[Chance]) -> dict[str, Any]:
+        content = [
+            _chat_token(chance.text, chance.logprob)
+            | {"top_logprobs": [_chat_token(text, logprob) for text, logprob in chance.top]}
+            for chance in chances
+        ]
+        logprobs = {"content": content, "refusal": None} if chances else None
+        return {"index": 0, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _chat_token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 Shape = CompletionShape | ChatShape

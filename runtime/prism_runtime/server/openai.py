@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 from prometheus_client import CollectorRegistry
 
-from prism_runtime.engine.types import Rejected, Sampling
+from prism_runtime.engine.types import Rejected
 from prism_runtime.server.answers import Answer, ChatShape, CompletionShape, GenerationFailed, Piece, Shape
 from prism_runtime.server.dispatch import Dispatcher
 from prism_runtime.server.drain import Lifecycle, Phase
@@ -137,13 +137,7 @@ class OpenAiApi:
         max_tokens: int,
         shape: Shape,
     ) -> web.StreamResponse:
-        sampling = Sampling(
-            max_tokens=max_tokens,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            seed=body.seed,
-            stop_token_ids=frozenset() if body.ignore_eos else self._model.eos_token_ids,
-        )
+        sampling = body.sampling(max_tokens, self._model.eos_token_ids)
         service_class = self._dispatcher.engine_loop.classes.resolve(request.headers.get(self._class_header))
         try:
             generation = self._dispatcher.submit(prompt, sampling, service_class)
@@ -161,11 +155,10 @@ class OpenAiApi:
             generation.abandon()  # reached early only if the client is gone
 
     async def _whole(self, request: web.Request, answer: Answer, first: Piece, shape: Shape) -> web.Response:
-        text, reason = [], ""
-        async for piece in answer.rest(first):
-            text.append(piece.text)
-            reason = piece.finish_reason or ""
-        response = web.json_response(shape.whole("".join(text), reason, answer.usage))
+        pieces = [piece async for piece in answer.rest(first)]
+        chances = [piece.chance for piece in pieces if piece.chance]
+        text, reason = "".join(piece.text for piece in pieces), pieces[-1].finish_reason or ""
+        response = web.json_response(shape.whole(text, reason, answer.usage, chances))
         self._head(request, response, answer)
         return response
 

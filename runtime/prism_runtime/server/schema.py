@@ -10,21 +10,19 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
+from prism_runtime.engine.types import Sampling
 from prism_runtime.server.errors import ApiError
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
-    "logprobs": (False,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "suffix": ("",),
     "tools": ([],),
 }
 """OpenAI parameters without an implementation, and the values at which they ask for nothing. null is always neutral."""
 
+TOP_NEEDS_LOGPROBS = "`top_logprobs` is only allowed when `logprobs` is true"
 STREAM_OPTIONS_NEED_STREAM = "`stream_options` is only allowed when `stream` is true"
 
 
@@ -41,6 +39,12 @@ Text = Annotated[StrictStr, AfterValidator(_encodable)]
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
+MOST_BIASED = 300
+Penalty = Annotated[float, Field(ge=-2, le=2, strict=True)]
+Bias = Annotated[float, Field(ge=-100, le=100, strict=True)]
+TokenKey = Annotated[StrictStr, Field(pattern=r"^[0-9]{1,9}$")]
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -48,7 +52,10 @@ class StreamOptions(BaseModel):
 
 
 class _Sampled(BaseModel):
-    """What both endpoints share. `ignore_eos` is an extension for load generators, with the name vLLM gave it."""
+    """What both endpoints share.
+
+    `top_k`, `min_p`, `repetition_penalty` and `ignore_eos` are extensions, with the names and values of vLLM.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -61,6 +68,34 @@ class _Sampled(BaseModel):
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     ignore_eos: StrictBool = False
+    top_k: Annotated[StrictInt, Field(ge=-1)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=2, strict=True)] = 1.0
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MOST_BIASED)] = {}
+
+    @property
+    def reported_logprobs(self) -> int | None:
+        """How many alternatives to report with each token; None reports no probabilities."""
+        raise NotImplementedError
+
+    def sampling(self, max_tokens: int, eos_token_ids: frozenset[int]) -> Sampling:
+        """What the engine is asked for."""
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop_token_ids=frozenset() if self.ignore_eos else eos_token_ids,
+            top_k=max(0, self.top_k),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
+            top_logprobs=self.reported_logprobs,
+        )
 
     @property
     def stops(self) -> list[str]:
@@ -77,6 +112,11 @@ class CompletionRequest(_Sampled):
     """POST /v1/completions. One prompt a request: text, or token ids."""
 
     prompt: Text | list[StrictInt]
+    logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
+
+    @property
+    def reported_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class Message(BaseModel):
@@ -91,6 +131,12 @@ class ChatRequest(_Sampled):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool = False
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+
+    @property
+    def reported_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 Body = TypeVar("Body", CompletionRequest, ChatRequest)
@@ -111,6 +157,8 @@ def parse(model: type[Body], raw: bytes) -> Body:
         raise _explain(error, model) from error
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, STREAM_OPTIONS_NEED_STREAM, param="stream_options", code="invalid_value")
+    if isinstance(body, ChatRequest) and body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, TOP_NEEDS_LOGPROBS, param="top_logprobs", code="invalid_value")
     return body
 
 

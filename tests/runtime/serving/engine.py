@@ -14,6 +14,7 @@ from prism_runtime.engine.types import (
     Event,
     Finished,
     FinishReason,
+    LogProbabilities,
     Plan,
     Rejected,
     Request,
@@ -162,7 +163,9 @@ class ScriptedEngine:
         answer = self._answer(request)
         token_id = self.tokenizer_id(answer, made)
         point = self.plan.class_point[request.service_class]
-        events: list[Event] = [Token(request.request_id, token_id, self.plan.version, point)]
+        asked = request.sampling.top_logprobs
+        likely = None if asked is None else LogProbabilities(-0.5, ((token_id, -0.5), (ord("z"), -1.5))[:asked])
+        events: list[Event] = [Token(request.request_id, token_id, self.plan.version, point, likely)]
         if token_id in request.sampling.stop_token_ids:
             reason = FinishReason.STOP
         elif made + 1 >= request.sampling.max_tokens:
