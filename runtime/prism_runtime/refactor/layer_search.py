@@ -6,8 +6,9 @@ few budgets. Energy is o' F o, for the sub-expert's output o times the row's fac
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -124,15 +125,10 @@ def starting_energies(
 ) -> Tensor:
     """[any]: energies under the first start, on a sample of rows and experts: what `energy_limits` takes of a layer."""
     count = len(experts.gate)
-    task, found = _Task(experts, rows, metric, settings, layer, factor, None, None), []
-    for expert in range(0, count, -(-count // ENERGY_EXPERTS)):
-        contributions = task.contributions(expert, ENERGY_ROWS)[0]
-        if not len(contributions):
-            continue
-        gram = task.gram(expert)
-        part = STARTS[settings.starts[0]](contributions * gram.diagonal().clamp_min(0).sqrt(), settings.sub_experts, 0)
-        found.append(_energies(contributions, gram, part, settings.sub_experts).flatten())
-    return torch.cat(found) if found else torch.empty(0)
+    task = _Task(experts, rows, metric, settings, layer, factor, None, None)
+    with expert_threads(None) as pool:
+        found = list(pool.map(task.starting_energies, range(0, count, -(-count // ENERGY_EXPERTS))))
+    return torch.cat(found)
 
 
 def partition_layer(
@@ -173,20 +169,30 @@ def partition_layer(
         sample = starting_energies(experts, rows, metric, settings, layer=layer, factor=factor)
         limits = energy_limits([sample]) if len(sample) else Limits((1.0,), (1.0,))
     task = _Task(experts, rows, metric, settings, layer, factor, means, start)
-    workers = threads or len(os.sched_getaffinity(0))
     perm = torch.empty(len(searched), neurons, dtype=torch.int32)
-    inner = torch.get_num_threads()
-    # One thread inside torch whatever the number of experts at a time: how it splits a product changes the last bits.
+    with expert_threads(threads) as pool:
+        for row, (order, result) in enumerate(pool.map(lambda expert: task.search(expert, limits), searched)):
+            perm[row] = order
+            if on_expert is not None:
+                on_expert(result)
+    return perm
+
+
+@contextmanager
+def expert_threads(threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """A pool for the experts of a layer, with one thread inside torch: how it splits a product changes the last bits.
+
+    None is as many as there are processors that this process may use. An exception cancels what has not begun.
+    """
+    inside = torch.get_num_threads()
+    workers = threads or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            for row, (order, result) in enumerate(pool.map(lambda expert: task.search(expert, limits), searched)):
-                perm[row] = order
-                if on_expert is not None:
-                    on_expert(result)
+            torch.set_num_threads(1)
+            yield pool
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(inner)
-    return perm
+            torch.set_num_threads(inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +232,15 @@ class _Task:
             whole = activations * scale
             return whole, whole
         return (activations - self.means[expert]) * scale, activations * scale
+
+    def starting_energies(self, expert: int) -> Tensor:
+        contributions, gram, groups = (
+            self.contributions(expert, ENERGY_ROWS)[0],
+            self.gram(expert),
+            self.settings.sub_experts,
+        )
+        part = STARTS[self.settings.starts[0]](contributions * gram.diagonal().clamp_min(0).sqrt(), groups, 0)
+        return _energies(contributions, gram, part, groups).flatten()
 
     def search(self, expert: int, limits: Limits) -> tuple[Tensor, ExpertSearch]:
         settings, groups = self.settings, self.settings.sub_experts

@@ -9,9 +9,7 @@ The published temperatures are in units of the objective and below its steps aft
 that the method is not judged by its schedule, `thawed` takes its temperatures from the data and cools to the end.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism_runtime.refactor.layer_search import ExpertsOfLayer, RowsOfLayer
+from prism_runtime.refactor.layer_search import ExpertsOfLayer, RowsOfLayer, expert_threads
 from prism_runtime.refactor.method import Choice, Slots
 from prism_runtime.refactor.starts import contiguous, levelled
 from prism_runtime.refactor.swap import Seed, geometric, mass_deltas, mass_search
@@ -96,18 +94,11 @@ def fit_paper(
 
     perm = torch.empty(count, neurons, dtype=torch.int32)
     gates = torch.empty(count, settings.sub_experts, settings.gate_neurons, dtype=torch.int64)
-    inner = torch.get_num_threads()
-    # One thread inside torch whatever the number of experts at a time: how it splits a sum changes the last bits.
-    workers = threads or len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            for expert, (order, chosen, before, after) in enumerate(pool.map(fit, range(count))):
-                perm[expert], gates[expert] = order, chosen
-                if on_expert is not None:
-                    on_expert(expert, before, after)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(inner)
+    with expert_threads(threads) as pool:
+        for expert, (order, chosen, before, after) in enumerate(pool.map(fit, range(count))):
+            perm[expert], gates[expert] = order, chosen
+            if on_expert is not None:
+                on_expert(expert, before, after)
     return PaperLayer(perm, gates)
 
 
