@@ -234,11 +234,10 @@ class _Task:
         return (activations - self.means[expert]) * scale, activations * scale
 
     def starting_energies(self, expert: int) -> Tensor:
-        contributions, gram, groups = (
-            self.contributions(expert, ENERGY_ROWS)[0],
-            self.gram(expert),
-            self.settings.sub_experts,
-        )
+        contributions = self.contributions(expert, ENERGY_ROWS)[0]
+        if not len(contributions):
+            return contributions.flatten()
+        gram, groups = self.gram(expert), self.settings.sub_experts
         part = STARTS[self.settings.starts[0]](contributions * gram.diagonal().clamp_min(0).sqrt(), groups, 0)
         return _energies(contributions, gram, part, groups).flatten()
 

@@ -122,6 +122,15 @@ def test_an_expert_with_too_few_rows_is_ordered_by_its_weights_and_marked() -> N
     assert perm[RARE].tolist() == weights.argsort(descending=True, stable=True).tolist()
 
 
+def test_an_expert_without_rows_has_no_energies_and_is_ordered_by_its_weights() -> None:
+    without = replace(layer(), expert_ids=layer().expert_ids.clamp_max(RARE - 1))
+    settings = replace(SETTINGS, starts=("hot-core", "sorted"))
+    whole = starting_energies(layer(), layer(), METRIC, settings)
+    assert len(whole) - len(starting_energies(without, without, METRIC, settings)) == 3 * SUB_EXPERTS
+    perm = partition_layer(without, without, METRIC, settings)
+    assert torch.equal(perm[RARE], partition(settings)[RARE])
+
+
 def test_of_several_starts_the_best_on_rows_nobody_searched_is_taken() -> None:
     held: list[list[float]] = []
     for starts in (("contiguous", "random"), ("contiguous", "random", "sorted"), tuple(STARTS)):
