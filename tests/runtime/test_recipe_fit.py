@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prism_runtime.refactor.compensation import fit_compensation
+from prism_runtime.refactor.compensation import Trajectory, fit_compensation
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.fit import RecipeSettings, fit_recipe
 from prism_runtime.refactor.masked import MaskedModel
@@ -51,13 +51,14 @@ def test_the_same_settings_give_the_same_bytes() -> None:
     assert torch.equal(first.points[500].log_tau, second.points[500].log_tau)
 
 
-def test_compensation_in_lockstep_lowers_the_divergence_of_the_text_it_was_fitted_on() -> None:
+@pytest.mark.parametrize("trajectory", ["lockstep", "dense"])
+def test_compensation_lowers_the_divergence_of_the_text_it_was_fitted_on(trajectory: Trajectory) -> None:
     model = tiny_model("qwen3_moe")
     fitted = fit_recipe(model, text(1), text(2), SETTINGS)
     masked = MaskedModel(model)
     masked.permute(fitted.perms)
     bare = calibrate_thresholds(masked, text(1), ElasticMethod(fitted.gates, everything(len(fitted.gates))), 0.5)
-    repaired = fit_compensation(masked, text(1), bare, fitted.metric, rank=24)
+    repaired = fit_compensation(masked, text(1), bare, fitted.metric, 24, trajectory)
     assert divergence(masked, text(1), repaired) < 0.9 * divergence(masked, text(1), bare)
 
 
