@@ -8,18 +8,29 @@ from transformers import AutoConfig
 
 from prism_runtime.refactor.checkpoint import weight_files
 
-FLOAT32, FLOAT64 = 4, 8
+FLOAT32, FLOAT64, INT64 = 4, 8, 8
 EVALUATION_BATCH = 4
 """Sequences whose log probabilities are held at once: of the full model, of the point, and of one product."""
 
 
-def memory_needed(source: Path, length: int = 256) -> dict[str, int]:
-    """Bytes by what they hold. `length` is that of a token sequence. Raises CheckpointRefused."""
+def memory_needed(source: Path, *, whole_experts: bool, tokens: int, length: int = 256) -> dict[str, int]:
+    """Bytes by what they hold. Raises CheckpointRefused.
+
+    whole_experts  the policy reads every expert beside the model, and rows of the calibration text
+    tokens         of the calibration text, at most; `length` is that of a token sequence
+    """
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False).get_text_config()
     elements = {name: size for shard in weight_files(source) for name, size in _elements(shard).items()}
     # Sums per neuron, one by rank and two over ranks; an expert's gate projection is one row of H a neuron.
     neurons = sum(size for name, size in elements.items() if ".experts." in name) // (3 * config.hidden_size)
-    return {
+    layers = config.num_hidden_layers
+    row = FLOAT32 * (config.hidden_size + 1) + (FLOAT32 + INT64) * config.num_experts_per_tok
+    # The pass that captures rows holds those of all layers; later stages read two layers at a time.
+    captured = {
+        "experts in float32, twice": 2 * FLOAT32 * 3 * config.hidden_size * neurons,
+        "calibration rows": tokens * layers * row,
+    }
+    return (captured if whole_experts else {}) | {
         "model in float32": FLOAT32 * sum(elements.values()),
         "calibration sums": FLOAT64 * neurons * (config.num_experts_per_tok + 2),
         "evaluation batch": FLOAT32 * 3 * EVALUATION_BATCH * length * config.vocab_size,

@@ -22,7 +22,14 @@ from prism_runtime.refactor.evaluate import PointQuality, evaluate_points
 from prism_runtime.refactor.gated import GatedPoints
 from prism_runtime.refactor.memory import memory_needed
 from prism_runtime.refactor.partitioners import partitioners_of
-from prism_runtime.refactor.pipeline import Run, partition_stages, perms_of, run_partition
+from prism_runtime.refactor.pipeline import (
+    SEQUENCE_LENGTH,
+    SEQUENCES_PER_DOMAIN,
+    Run,
+    partition_stages,
+    perms_of,
+    run_partition,
+)
 from prism_runtime.refactor.prefixes import PrefixPoints
 from prism_runtime.refactor.progress import Reporter
 from prism_runtime.refactor.request import RecipeRefused, RefactorRequest, same_request, tools
@@ -109,7 +116,10 @@ class _Recipe:
 
     def __init__(self, request: RefactorRequest, folder: Path, reporter: Reporter, others: Sequence[Path] = ()) -> None:
         request.require_same(folder)
-        reporter.state_memory(memory_needed(request.model))
+        domains = {document.domain for document in read_documents(request.calibration)}
+        tokens = len(domains) * SEQUENCES_PER_DOMAIN * SEQUENCE_LENGTH
+        whole = request.policy in ("prism", "paper")
+        reporter.state_memory(memory_needed(request.model, whole_experts=whole, tokens=tokens))
         self._run = Run(request, WorkFolder(folder, others), reporter)
         request.write(folder)
         self._calibration = Calibration(self._run)
