@@ -12,7 +12,7 @@ from prism_runtime.engine.model import load_pretrained
 from prism_runtime.refactor.artifact import open_artifact
 from prism_runtime.refactor.baselines import OracleGate, TopK
 from prism_runtime.refactor.bootstrap import Interval, Resampling
-from prism_runtime.refactor.bytes import Touching, best_selection, interleave, measure_touching
+from prism_runtime.refactor.bytes import Touching, against_experts, best_selection, interleave, measure_touching
 from prism_runtime.refactor.evaluate import (
     Measurement,
     Subject,
@@ -198,6 +198,10 @@ def _step(size: int, measured: Sequence[Touching], mixed: Sequence[TokenSequence
             {"touchedShare": share, "kl": {selection: float(kl.mean()) for selection, kl in found.items()}}
             for share, found in best.items()
         ],
+        "topKOver": {
+            name: {selection: _interval(ratio) for selection, ratio in found.items()}
+            for name, found in against_experts(measured, [each.domain for each in mixed[: len(measured[0].kl)]]).items()
+        },
     }
 
 

@@ -7,6 +7,7 @@ therefore run in batches of their tokens at the same position. Shares are of the
 the same step.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from prism_runtime.refactor.baselines import MaskedForward, ThresholdGate
-from prism_runtime.refactor.bootstrap import Floats
+from prism_runtime.refactor.bootstrap import Floats, Interval, Resampling
 from prism_runtime.refactor.method import Choice, Method, Slots
 from prism_runtime.refactor.points import kl_at
 from prism_runtime.refactor.text import TokenSequence
+
+EXPERTS = "experts"
+"""The selection of plain top-k: whole experts."""
 
 
 class StepSelection:
@@ -152,6 +156,26 @@ def interleave(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
         seen[sequence.domain] = seen.get(sequence.domain, 0) + 1
         ranked.append((seen[sequence.domain], sequence))
     return [sequence for _, sequence in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def against_experts(measured: Sequence[Touching], domains: Sequence[str]) -> dict[str, dict[str, Interval]]:
+    """For each plain top-k, by name: its KL divided by every selection's at the bytes that it touches itself.
+
+    domains  of the sequences that were measured, in their order; 2 of each at least, else there is no interval and
+             nothing is returned
+    """
+    if min(Counter(domains).values()) < 2:
+        return {}
+    resampling = Resampling(domains)
+    return {
+        plain.name: {
+            selection: resampling.ratio(plain.kl, kl)
+            for selection, kl in best_selection(measured, plain.share).items()
+            if selection != EXPERTS
+        }
+        for plain in measured
+        if plain.selection == EXPERTS
+    }
 
 
 def best_selection(measured: Sequence[Touching], share: float) -> dict[str, Floats]:

@@ -55,6 +55,7 @@ def table(assessment: Json) -> str:
             f"steps of {step['stepTokens']} tokens, KL at a share of the full model's weight bytes, best first",
         ]
         lines += [f"  {at['touchedShare']:.2f}  {_ranking(at['kl'])}" for at in step["atShare"]]
+        lines += [f"  {line}" for line in _ratios(step)]
     return "\n".join(lines)
 
 
@@ -144,6 +145,7 @@ def _steps(step: Json) -> str:
     title = f"Weight bytes in decode steps of {step['stepTokens']} tokens"
     return (
         f"<h2>{title}</h2>{curves(title, x, y, series)}"
+        f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in _ratios(step))}</ul>"
         f"<table><tr><th>share of bytes</th><th>KL by selection, best first</th></tr>{best}</table>"
     )
 
@@ -169,6 +171,17 @@ def _html_table(rows: Sequence[Json]) -> str:
         body.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     heading = "".join(f"<th>{name}</th>" for name in COLUMNS)
     return f'<div class="wide"><table><tr>{heading}</tr>{"".join(body)}</table></div>'
+
+
+def _ratios(step: Json) -> list[str]:
+    return [
+        f"KL of {name} at the bytes it touches, divided by that of "
+        + ", ".join(
+            f"{selection} {each['value']:.1f} ({each['low']:.1f}-{each['high']:.1f})" for selection, each in found
+        )
+        for name, ratios in step["topKOver"].items()
+        if (found := sorted(ratios.items(), key=lambda pair: -pair[1]["value"]))
+    ]
 
 
 def _counts(points: Json) -> list[str]:

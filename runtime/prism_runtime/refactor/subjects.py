@@ -25,7 +25,7 @@ from prism_runtime.refactor.baselines import (
     sorted_groups,
     strongest_neurons,
 )
-from prism_runtime.refactor.bytes import StepSelection, StepSubject
+from prism_runtime.refactor.bytes import EXPERTS, StepSelection, StepSubject
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.evaluate import Subject
 from prism_runtime.refactor.masked import MaskedModel, capture
@@ -181,7 +181,7 @@ def step_subjects(artifact: Artifact, cut: Cut) -> list[StepSubject]:
         counts = torch.full((cut.layers, cut.top_k), count)
         subjects.append(StepSubject("prefix", _always(Prefix(f"prefix {count}", counts, cut.sub_experts))))
     for kept in range(cut.top_k - 1, 0, -1):
-        subjects.append(StepSubject("experts", _always(TopK(kept))))
+        subjects.append(StepSubject(EXPERTS, _always(TopK(kept))))
     return subjects
 
 

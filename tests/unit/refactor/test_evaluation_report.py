@@ -62,6 +62,7 @@ ASSESSMENT: dict[str, Any] = {
                 {"selection": "token", "name": "b500", "touchedShare": 0.8, "kl": 0.005},
                 {"selection": "experts", "name": "top-2", "touchedShare": 0.7, "kl": 0.047},
             ],
+            "topKOver": {"top-2": {"token": {"value": 6.5, "low": 6.1, "high": 6.9}}, "top-1": {}},
             "atShare": [
                 {"touchedShare": 0.75, "kl": {"token": 0.006, "experts": 0.04}},
                 {"touchedShare": 0.25, "kl": {}},
@@ -103,6 +104,8 @@ def test_the_table_ranks_selections_at_a_share_of_bytes_and_says_where_none_was_
     text = table(ASSESSMENT)
     assert "0.75  token 0.00600, experts 0.04000" in text
     assert "0.25  nothing measured on both sides" in text
+    assert "KL of top-2 at the bytes it touches, divided by that of token 6.5 (6.1-6.9)" in text
+    assert "KL of top-1" not in text
 
 
 def test_table_and_page_count_operating_points_and_admit_rises() -> None:

@@ -14,6 +14,7 @@ from prism_runtime.refactor.bytes import (
     StepSubject,
     TouchCount,
     Touching,
+    against_experts,
     best_selection,
     interleave,
     measure_touching,
@@ -175,6 +176,19 @@ def test_selections_are_compared_at_one_share_of_bytes() -> None:
     assert list(found) == ["token", "experts"]
     assert found["token"].tolist() == pytest.approx([0.02, 0.02])
     assert list(best_selection(measured, 0.45)) == ["token"]
+
+
+def test_top_k_is_divided_by_every_other_selection_at_its_own_bytes() -> None:
+    def touching(selection: str, share: float, kl: float) -> Touching:
+        return Touching(selection, f"{selection} {share}", 8, share, np.array([kl, 2 * kl]))
+
+    measured = [touching("token", 0.4, 0.04), touching("token", 0.6, 0.01), touching("experts", 0.5, 0.1)]
+    found = against_experts(measured, ["a", "a"])
+    assert list(found) == ["experts 0.5"]
+    assert list(found["experts 0.5"]) == ["token"]
+    ratio = found["experts 0.5"]["token"]
+    assert (ratio.low, ratio.value, ratio.high) == pytest.approx((5.0, 5.0, 5.0))
+    assert against_experts(measured, ["a", "b"]) == {}
 
 
 def test_fixed_reads_are_part_of_the_touched_share() -> None:
