@@ -148,7 +148,8 @@ def dense(case: Case, row_point: list[int]) -> tuple[Tensor, float, int]:
                 projected = projected + case.weights.b1[expert, sub]
             activated = case.weights.activation(projected[:neurons], projected[neurons:])
             out[row] += g * activated @ case.weights.w2[expert, sub]
-        for slot in {slot for slot, _ in kept[row]}:
+        running = {slot for slot, _ in kept[row]}
+        for slot in range(top_k) if point in (LOW, HIGH, SHARED) else running:
             if case.weights.b2 is not None:
                 out[row] += case.router[row, slot] * case.weights.b2[int(case.ids[row, slot])]
         spent += len(kept[row]) * neurons

@@ -10,15 +10,15 @@ the point's threshold in all layers. A pure state machine without clock or rando
 
 With equal gains the integral part cancels the lag of the mean, so the loop behaves like one integrator. The budget
 falls by 0.4 to 1.5 % per 1 % of threshold, depending on how wide the scores spread and on the budget, so an error
-decays within half a window to two and does not overshoot.
+decays within a quarter of a window to one and does not overshoot.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LARGEST_WEIGHT = 0.3
-"""Share of a window that one correction may stand for: stable while a budget moves less than 4 % per 1 % of threshold.
+LARGEST_WEIGHT = 0.2
+"""Share of a window that one correction may stand for: stable while a budget moves less than 3 % per 1 % of threshold.
 """
 
 
@@ -34,7 +34,7 @@ class DriftSettings:
 
     window_tokens: int = 1024
     period_tokens: int = 128
-    gain: float = 1.5
+    gain: float = 3.0
     limit: float = 0.5
 
 

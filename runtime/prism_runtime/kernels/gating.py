@@ -42,9 +42,7 @@ def cells_to_run(
     if not plan.gated_rows:
         return keep, None
     gated, residual_rms = require_gate(gated, residual_rms)
-    rows, chosen, added = choose_cells(
-        hidden, expert_ids, router_weights, residual_rms, layer, plan, gated, weights.w2.shape[2]
-    )
+    rows, chosen, added = choose_cells(hidden, expert_ids, router_weights, residual_rms, layer, plan, weights, gated)
     keep[rows] = chosen
     if added is None:
         return keep, None
@@ -63,17 +61,20 @@ def choose_cells(
     residual_rms: Tensor,
     layer: int,
     plan: PlanTensor,
+    weights: ExpertWeights,
     gated: GatedLayer,
-    neurons: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(rows [M], cells that run [M, K, N], what compensation adds [M, H] or None), for threshold and batch points.
+    """(rows [M], cells that run [M, K, N], what to add [M, H] or None), for threshold and batch points.
 
-    Arguments as `contract.SubExpertKernel` has them; `neurons` are those of one sub-expert. Charges the plan with what
-    runs and with what choosing and compensating cost: a gate output is H multiply-adds, a token's sensitivity H, a
-    compensation of rank r 2 r H a token and r a dropped cell. Elementwise work is not counted.
+    Arguments as `contract.SubExpertKernel` has them. To add are the compensation, and the down projection's bias of
+    experts of which no cell runs: it is no neuron's, costs nothing, and the points were fitted with it.
+
+    Charges the plan with what runs and with what choosing and compensating cost: a gate output is H multiply-adds, a
+    token's sensitivity H, a compensation of rank r 2 r H a token and r a dropped cell. Elementwise work is not counted.
     """
     gate = gated.gate
     experts, sub_experts, width = gate.weight.shape
+    neurons = weights.w2.shape[2]
     rows, keeps, added = [], [], []
     for point, at in plan.gated_rows.items():
         x, router = hidden[at], router_weights[at].float()
@@ -95,16 +96,19 @@ def choose_cells(
         if gate.token is not None:
             multiply_adds = multiply_adds + len(at) * width
         compensation = gated.compensation.get(point)
-        if compensation is None:
-            added.append(torch.zeros_like(x, dtype=torch.float32))
-        else:
+        extra = torch.zeros_like(x, dtype=torch.float32)
+        if weights.b2 is not None:
+            silent = valid & ~keep.any(-1)
+            extra += (weights.b2.float()[ids] * (router * silent)[..., None]).sum(1)
+        if compensation is not None:
             dropped = valid[..., None] & ~keep
-            added.append(compensate(x, ids, router, dropped, compensation))
+            extra += compensate(x, ids, router, dropped, compensation)
             rank = compensation.u.shape[0]
             multiply_adds = multiply_adds + 2 * rank * width * len(at) + rank * dropped.sum()
+        added.append(extra)
         plan.charge(point, keep.sum(), multiply_adds / (3 * width * neurons), valid.sum() * sub_experts)
-    compensated = any(point in gated.compensation for point in plan.gated_rows)
-    return torch.cat(rows), torch.cat(keeps), torch.cat(added) if compensated else None
+    anything = weights.b2 is not None or any(point in gated.compensation for point in plan.gated_rows)
+    return torch.cat(rows), torch.cat(keeps), torch.cat(added) if anything else None
 
 
 def compensate(

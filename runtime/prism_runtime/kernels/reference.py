@@ -47,9 +47,7 @@ def sub_expert_moe(
         out = _run_prefixes(hidden, expert_ids, router_weights, layer, plan, weights)
     else:
         out = torch.zeros_like(hidden)
-    rows, keep, added = choose_cells(
-        hidden, expert_ids, router_weights, residual_rms, layer, plan, gated, weights.w2.shape[2]
-    )
+    rows, keep, added = choose_cells(hidden, expert_ids, router_weights, residual_rms, layer, plan, weights, gated)
     chosen = _run_cells(hidden[rows], expert_ids[rows], router_weights[rows], keep, weights)
     if added is not None:
         chosen += added.to(chosen.dtype)
@@ -103,8 +101,7 @@ def _run_cells(
 ) -> Tensor:
     """[M, H]: the experts' outputs for `hidden` [M, H], of the cells in `keep` [M, K, N] alone.
 
-    The down projection's bias belongs to a routed expert as a whole and is added if one of its cells runs, as a prefix
-    of no sub-experts adds none.
+    The down projection's bias belongs to a routed expert as a whole; here it is added if one of its cells runs.
     """
     experts, sub_experts = weights.w1.shape[:2]
     top_k = expert_ids.shape[1]
