@@ -96,6 +96,10 @@ bench-refactor: install ## Time to partition a layer of OLMoE's shape on this CP
 evidence-slice: install ## Re-take every figure of evidence/slice.json (ARGS=--cold: from empty caches too)
 	$(BIN)/python -m evidence.slice $(ARGS)
 
+.PHONY: evidence-refactor
+evidence-refactor: install ## Re-take every figure of evidence/refactor.json (ARGS=--smollm2: SmolLM2's too)
+	$(BIN)/python -m evidence.refactor $(ARGS)
+
 .PHONY: clean
 clean: ## Remove .venv/ and build output of this checkout
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

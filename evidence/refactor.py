@@ -1,0 +1,215 @@
+"""Figures of the refactoring engine: fits and measures real models, and writes evidence/refactor.json.
+
+    python -m evidence.refactor                 the embedded model, three calibration seeds
+    python -m evidence.refactor --smollm2       SmolLM2 as a mixture of one expert a layer, too: downloads it once
+    python -m evidence.refactor --only ID...    these, keeping the others
+
+Nothing here is typed by hand: a figure that cannot be taken is null and says why. Every cost is counted: gates,
+token factors and compensation are part of the budget they are compared at.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from evidence.figures import ROOT, Figure, NotTaken, absent, load, measured, merge
+from evidence.refactor_fits import LADDER, PAPER_SUB_EXPERTS, Fits, candidates_of, costs, perplexity, run_of, small_moe
+from prism_runtime.refactor.paper import Schedule
+from prism_runtime.refactor.points import PointCount, count_points, kl_at
+
+OUT = Path(__file__).with_name("refactor.json")
+COMMAND = "python -m evidence.refactor"
+SEEDS = (0, 1, 2)
+SCHEDULES: tuple[Schedule, ...] = ("published", "thawed")
+FINE, COARSE = 16, 8
+"""Sub-experts of the embedded model's experts: of 8 neurons, the best granularity, and of 16.
+
+Counts of points leave `full` out, which every method has.
+"""
+SMOLLM2_SUB_EXPERTS, SMOLLM2_RANK = 48, 32
+
+
+class Models:
+    """Loaded when a figure needs them."""
+
+    def __init__(self, console: Console, *, smollm2: bool) -> None:
+        self._console, self._with_smollm2 = console, smollm2
+
+    @cached_property
+    def small(self) -> Fits:
+        return small_moe(ROOT / "examples" / "model", self._console)
+
+    @cached_property
+    def smollm2(self) -> Fits:
+        if not self._with_smollm2:
+            raise NotTaken("taken only with --smollm2: it downloads the model and takes hours on two cores")
+        from examples.smollm2.fetch import cache_folder
+
+        argv = [sys.executable, "-m", "examples.smollm2"]
+        run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise NotTaken(f"'{' '.join(argv)}' failed (exit {run.returncode}): {run.stderr[-300:]}")
+        folders = [path.parent for path in cache_folder().rglob("config.json") if _is_mixture(path)]
+        if not folders:
+            raise NotTaken(f"'{cache_folder()}' has no Mixtral checkpoint after python -m examples.smollm2")
+        texts = ROOT / "examples" / "model"
+        return Fits(folders[0], texts, self._console, held=4, evaluation=4, fit=14, half=False)
+
+
+Values = Sequence[float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Collector:
+    """How a figure is taken: one value a seed, or NotTaken."""
+
+    unit: str
+    take: Callable[[Models], Values]
+    seeds: Sequence[int] = SEEDS
+    how: str = COMMAND
+
+
+def _over_top_k(permille: int, sub_experts: int, models: Models) -> Values:
+    place = (750, 500, 250).index(permille)
+    top = float(models.small.top_k_at(permille).kl.mean())
+    return [top / float(models.small.prism(seed, sub_experts)[place].kl.mean()) for seed in SEEDS]
+
+
+def _prism(models: Models) -> Values:
+    return [float(models.small.prism(seed, FINE)[1].kl.mean()) for seed in SEEDS]
+
+
+def _oracle(models: Models) -> Values:
+    return [float(models.small.oracle(seed, FINE).kl.mean()) for seed in SEEDS]
+
+
+def _over_paper(models: Models) -> Values:
+    """The better of both schedules, interpolated to the recipe's realised cost."""
+    values: list[float | None] = []
+    for seed in SEEDS:
+        ours = models.small.prism(seed, FINE)[1]
+        found = []
+        for schedule in SCHEDULES:
+            rows = models.small.paper(seed, schedule)
+            at = kl_at(costs(rows), np.array([row.kl.mean() for row in rows]), ours.realised)
+            found += [] if at is None else [float(at)]
+        values.append(min(found) / float(ours.kl.mean()) if found else None)
+    return values
+
+
+def _points_prism(models: Models) -> Values:
+    small = models.small
+    candidates = candidates_of(small.prism(0, FINE, LADDER), [permille / 1000 for permille in LADDER])
+    return [_stable(count_points(candidates, small.domains, small.runs(SEEDS, FINE)))]
+
+
+def _points_top_k(models: Models) -> Values:
+    small = models.small
+    best = 0
+    for renormalised, rows in enumerate(small.top_k_rows):
+        nominal = [kept / small.top_k for kept in range(1, small.top_k)]
+        runs = small.top_k_runs(bool(renormalised))
+        best = max(best, _stable(count_points(candidates_of(rows, nominal), small.domains, runs)))
+    return [best]
+
+
+def _points_paper(models: Models) -> Values:
+    small, best = models.small, 0
+    for schedule in SCHEDULES:
+        rows = small.paper(SEEDS[0], schedule)
+        cells = small.top_k * PAPER_SUB_EXPERTS
+        candidates = candidates_of(rows, [active / cells for active in range(cells // 4, cells)])
+        runs = [run_of(small.paper(seed, schedule)) for seed in SEEDS]
+        best = max(best, _stable(count_points(candidates, small.domains, runs)))
+    return [best]
+
+
+def _stable(count: PointCount) -> int:
+    if count.stable is None:
+        raise NotTaken("stability was not judged: there were too few runs")
+    return len(count.stable)
+
+
+def _layer_minutes(_: Models) -> Values:
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "bench.json"
+        argv = [sys.executable, "-m", "prism_runtime.refactor.bench", "--layer-only", "--json", str(report)]
+        run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise NotTaken(f"'{' '.join(argv[1:])}' failed (exit {run.returncode}): {run.stderr[-300:]}")
+        layer = json.loads(report.read_text())["measurements"]["layer"]
+    return [(layer["partition_seconds"] + layer["gate_seconds"]) / 60]
+
+
+def _smollm2(permille: int | None, models: Models) -> Values:
+    if permille is None:
+        return [perplexity(models.smollm2.full)]
+    rows = models.smollm2.prism(0, SMOLLM2_SUB_EXPERTS, (750, 500), SMOLLM2_RANK)
+    return [perplexity(rows[(750, 500).index(permille)])]
+
+
+COLLECTORS = {
+    **{
+        f"kl.topk_over_prism.b{permille}": Collector("ratio", partial(_over_top_k, permille, FINE))
+        for permille in (750, 500, 250)
+    },
+    "kl.topk_over_prism.b500.d16": Collector("ratio", partial(_over_top_k, 500, COARSE)),
+    "kl.paper_over_prism.b500": Collector("ratio", _over_paper),
+    "kl.prism.b500": Collector("nats a token", _prism),
+    "kl.oracle.b500": Collector("nats a token", _oracle),
+    "points.prism": Collector("points", _points_prism),
+    "points.paper": Collector("points", _points_paper),
+    "points.topk": Collector("points", _points_top_k, seeds=()),
+    "layer.olmoe_minutes": Collector(
+        "min", _layer_minutes, (0,), "python -m prism_runtime.refactor.bench --layer-only"
+    ),
+    "smollm2.ppl.full": Collector("perplexity", partial(_smollm2, None), (), f"{COMMAND} --smollm2"),
+    "smollm2.ppl.b750": Collector("perplexity", partial(_smollm2, 750), (0,), f"{COMMAND} --smollm2"),
+    "smollm2.ppl.b500": Collector("perplexity", partial(_smollm2, 500), (0,), f"{COMMAND} --smollm2"),
+}
+
+
+def collect(name: str, models: Models) -> Figure:
+    """One figure; what could not be taken says why."""
+    collector = COLLECTORS[name]
+    try:
+        return measured(name, collector.take(models), collector.unit, collector.how, collector.seeds)
+    except NotTaken as error:
+        return absent(name, collector.unit, collector.how, str(error))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m evidence.refactor", description="Re-take the published figures.")
+    ids = ", ".join(COLLECTORS)
+    parser.add_argument("--only", nargs="+", choices=COLLECTORS, metavar="ID", help=f"re-take these alone: {ids}")
+    parser.add_argument("--smollm2", action="store_true", help="take SmolLM2's figures too: hours on two cores")
+    arguments = parser.parse_args()
+    console, known = Console(stderr=True), load(OUT)
+    models = Models(console, smollm2=arguments.smollm2)
+    torch.set_num_threads(1)
+    for name in (name for name in COLLECTORS if name in (arguments.only or COLLECTORS)):
+        figure = collect(name, models)
+        if figure.why is not None and name.startswith("smollm2") and name in known and not arguments.smollm2:
+            continue  # a figure that was taken before is better than none
+        merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
+        taken = figure.value if figure.why is None else f"not taken: {figure.why}"
+        console.print(f"{name}: {taken}", highlight=False)
+    return 0
+
+
+def _is_mixture(config: Path) -> bool:
+    return json.loads(config.read_text()).get("model_type") == "mixtral"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
