@@ -56,19 +56,24 @@ def test_threshold_below_every_score_runs_the_full_model(architecture: str) -> N
     assert tokens[0] == tokens[1]
 
 
-def test_kernel_is_shown_the_size_of_the_residual_before_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[Tensor] = []
-    (prompt,) = prompts([17])
-    engine = gated_engine(tau=EVERYTHING)
+def watch_kernels(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    """A list that grows by the `residual_rms` that every layer's kernel is shown."""
+    shown: list[Tensor | None] = []
     for module in engine.model.model.modules():
         if isinstance(module, PackedLayer):
-            kernel = module._kernel
 
-            def spy(*arguments: object, residual_rms: Tensor, kernel=kernel) -> Tensor:
+            def spy(*arguments: object, residual_rms: Tensor | None, kernel=module._kernel) -> Tensor:
                 shown.append(residual_rms)
                 return kernel(*arguments, residual_rms=residual_rms)
 
             monkeypatch.setattr(module, "_kernel", spy)
+    return shown
+
+
+def test_kernel_is_shown_the_size_of_the_residual_before_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    (prompt,) = prompts([17])
+    engine = gated_engine(tau=EVERYTHING)
+    shown = watch_kernels(engine, monkeypatch)
     engine.submit(request("a", prompt, max_tokens=1))
     run(engine)
 
@@ -81,21 +86,17 @@ def test_kernel_is_shown_the_size_of_the_residual_before_the_norm(monkeypatch: p
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_model_without_gates_has_no_hook_and_rows_at_prefixes_are_not_measured() -> None:
+def test_rows_at_prefixes_are_not_measured_and_a_model_without_gates_has_no_hook(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = gated_engine()
-    layers = [module for module in engine.model.model.modules() if isinstance(module, PackedLayer)]
+    shown = watch_kernels(engine, monkeypatch)
     engine.model.plan.write([2])
     engine.submit(request("a", prompts([9])[0], max_tokens=2))
     run(engine)
-    assert all(module._residual_rms is None for module in layers)
-    assert engine.model.plan.realised_budget == 1
-    prefixes = Engine(
-        tiny_model("qwen3_moe"),
-        PlanTables.uniform(COUNTS, LAYERS, SUB_EXPERTS),
-        tiny_manifest(),
-        None,
-        max_context_tokens=64,
-    )
+    assert shown == [None] * (2 * LAYERS)
+    tables = PlanTables.uniform(COUNTS, LAYERS, SUB_EXPERTS)
+    prefixes = Engine(tiny_model("qwen3_moe"), tables, tiny_manifest(), None, max_context_tokens=64)
     assert not any(norm._forward_pre_hooks for norm in block_norms(prefixes.model.model))
 
 
