@@ -21,7 +21,7 @@ from prism_runtime.refactor.fit import FittedPoint, fit_budget
 from prism_runtime.refactor.gates import fit_log_ridge
 from prism_runtime.refactor.method import Method
 from prism_runtime.refactor.partition import Partition
-from prism_runtime.refactor.pipeline import Finished, Run
+from prism_runtime.refactor.pipeline import Finished, Run, Texts
 from prism_runtime.refactor.points import Candidates, distinct, hull
 from prism_runtime.refactor.progress import Advance
 from prism_runtime.refactor.sidecar import GatedPoint, GatedRecipe
@@ -77,11 +77,10 @@ class GatedPoints:
         }
         recipe = GatedRecipe(self._gates, points)
         write_sidecar(checkpoint, partitions, counts, recipe)
-        domains = [sequence.domain for sequence in self._run.texts.evaluation]
         settings = self._calibration.settings
         compensation = {"trajectory": settings.compensation, "rank": settings.rank} if settings.compensation else None
         return Finished(
-            [_measured_point(permille, measured[permille], measured[1000], domains) for permille in kept],
+            [_measured_point(permille, measured[permille], measured[1000], self._run.texts) for permille in kept],
             recipe.manifest_entry(features=["x"], allocation=settings.allocation, compensation=compensation),
         )
 
@@ -193,7 +192,8 @@ def _cost(permille: int, measured: Output) -> float:
     return 1.0 if permille == 1000 else float(measured.facts["realised"])
 
 
-def _measured_point(permille: int, measured: Output, full: Output, domains: Sequence[str]) -> MeasuredPoint:
+def _measured_point(permille: int, measured: Output, full: Output, texts: Texts) -> MeasuredPoint:
+    domains = [sequence.domain for sequence in texts.evaluation]
     kl = measured.tensors["kl"].tolist()
     mean, standard_error, _ = clustered_mean(kl, domains)
     quality, low = relative_quality(kl, domains)
@@ -209,7 +209,7 @@ def _measured_point(permille: int, measured: Output, full: Output, domains: Sequ
             mean=mean,
             standard_error=standard_error,
             p99=facts["p99"],
-            tokens=len(kl),
+            tokens=len(kl) * texts.length,
             median=facts["median"],
             max=facts["largest"],
         ),

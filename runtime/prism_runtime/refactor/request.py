@@ -50,7 +50,7 @@ class RefactorRequest:
     model: Path
     calibration: Path
     evaluation: Path | None = None
-    policy: str = "sorted"
+    policy: str = "prism"
     sub_experts: int = 8
     points_permille: tuple[int, ...] | None = None
     metric: str = "fisher"
