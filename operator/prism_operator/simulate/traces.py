@@ -1,7 +1,7 @@
 """Trace files to requests. Four formats, told apart by what they hold:
 
     t_s, input_tokens, output_tokens[, class]    one request a line; without lengths, the two columns may be missing
-    t_s, total_rps, mean_..., rps_cN, cv_cN      one window a line (as ServeGen publishes): rates, drawn as requests
+    t_s, total_rps, mean_..., rps_N, cv_N        one window a line (as ServeGen publishes): rates, drawn as requests
     {"status": ..., "data": {"result": ...}}     a Prometheus range query of a rate in requests a second, as JSON
 
 A trace is thinned or multiplied, never stretched: stretching would change how long a burst lasts beside the time that a
@@ -18,8 +18,6 @@ from itertools import pairwise
 from pathlib import Path
 
 from prism_operator.simulate.workload import SimRequest, exponential, gamma_renewal
-
-LARGEST_CLIENTS = 8
 
 
 class TraceError(ValueError):
@@ -117,6 +115,7 @@ def _rates(path: Path, rows: list[dict[str, str]], how: Reading, rng: random.Ran
     def number(row: dict[str, str], column: str, default: float = 0.0) -> float:
         return float(row[column]) if row.get(column) else default
 
+    clients = [column.removeprefix("rps_") for column in (rows[0] if rows else ()) if column.startswith("rps_")]
     try:
         times = [float(row["t_s"]) for row in rows]
         width = min((later - earlier for earlier, later in pairwise(times)), default=600.0)
@@ -127,9 +126,7 @@ def _rates(path: Path, rows: list[dict[str, str]], how: Reading, rng: random.Ran
                 rate=number(row, "total_rps"),
                 prompt=number(row, "mean_input_tokens") or how.prompt,
                 output=number(row, "mean_output_tokens") or how.output,
-                clients=[
-                    (number(row, f"rps_c{n}"), number(row, f"cv_c{n}", 1.0)) for n in range(1, LARGEST_CLIENTS + 1)
-                ],
+                clients=[(number(row, f"rps_{one}"), number(row, f"cv_{one}", 1.0)) for one in clients],
             )
             for at_s, row in zip(times, rows, strict=True)
         ]
