@@ -239,13 +239,17 @@ class SimPod:
 
     def crash(self) -> list[SimRequest]:
         """Vanish with all requests; they are returned."""
-        lost = [request for _, _, request in self._ends] + list(self.waiting)
+        joining = [] if self._run is None else [one for one, _ in self._run.prefill if not self._is_partial(one)]
+        lost = [request for _, _, request in self._ends] + joining + list(self.waiting)
         self._ends, self.waiting, self._run = [], deque(), None
         self.outstanding, self.gone = 0, True
         self.version += 1
         return lost
 
     # -- steps --------------------------------------------------------------------------------------------------
+
+    def _is_partial(self, request: SimRequest) -> bool:
+        return request.prefilled < request.prompt_tokens + request.produced
 
     def _can_admit(self, request: SimRequest) -> bool:
         if request.prefilled:
@@ -359,7 +363,7 @@ class SimPod:
             self._leave(request)
             self._finish(request, now_s)
         for request, _ in run.prefill:
-            if request.prefilled == request.prompt_tokens + request.produced:
+            if not self._is_partial(request):
                 self._join(request, now_s)
 
     def _join(self, request: SimRequest, now_s: float) -> None:
