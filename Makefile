@@ -100,6 +100,10 @@ evidence-slice: install ## Re-take every figure of evidence/slice.json (ARGS=--c
 evidence-refactor: install ## Re-take every figure of evidence/refactor.json (ARGS=--smollm2: SmolLM2's too)
 	$(BIN)/python -m evidence.refactor $(ARGS)
 
+.PHONY: evidence-planner
+evidence-planner: install ## Re-take every figure of evidence/planner.json: simulations, half an hour of one core
+	$(BIN)/python -m evidence.planner $(ARGS)
+
 .PHONY: clean
 clean: ## Remove .venv/ and build output of this checkout
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -53,7 +53,7 @@ def read(path: Path, how: Reading) -> list[SimRequest]:
         raise TraceError(f"{path}: cannot be read as text: {error}") from error
     rng = random.Random(f"{how.seed}/trace")
     if text.lstrip().startswith("{"):
-        found = list(_drawn(_prometheus(path, text), how, rng))
+        found = list(_drawn(_prometheus(path, text, how), how, rng))
     else:
         rows = csv.DictReader(text.splitlines())
         columns = set(rows.fieldnames or ())
@@ -150,7 +150,7 @@ def _drawn(spans: Sequence[Span], how: Reading, rng: random.Random) -> Iterator[
                 yield _request(how, at_s, prompt(rng), output(rng))
 
 
-def _prometheus(path: Path, text: str) -> list[Span]:
+def _prometheus(path: Path, text: str, how: Reading) -> list[Span]:
     """Sum over the series of a range query; the step is the least distance of two samples."""
     try:
         series = json.loads(text)["data"]["result"]
@@ -169,4 +169,4 @@ def _prometheus(path: Path, text: str) -> list[Span]:
     if len(times) < 2:
         raise TraceError(f"{path.name}: holds {len(times)} samples; a range of at least two is needed")
     step_s = min(later - earlier for earlier, later in pairwise(times))
-    return [Span(at_s - times[0], at_s - times[0] + step_s, rates[at_s], 0, 0) for at_s in times]
+    return [Span(at_s - times[0], at_s - times[0] + step_s, rates[at_s], how.prompt, how.output) for at_s in times]

@@ -1,0 +1,93 @@
+"""The command, from files to a table, JSON and a page; and the study behind it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prism_operator.simulate import cli, ramp
+from prism_operator.simulate.policies import POLICIES
+from prism_operator.simulate.score import changes, flaps, quantiles
+from prism_operator.simulate.study import interval
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = [
+    "--trace",
+    str(ROOT / "examples/traces/azure2023_code_burst_fast.csv"),
+    "--service",
+    str(ROOT / "examples/prismservice.yaml"),
+    "--model",
+    str(ROOT / "examples/prismmodel.yaml"),
+    "--profile",
+    str(ROOT / "runtime/prism_runtime/profiles/demo.json"),
+    "--start-seconds",
+    "20",
+]
+
+
+def test_every_policy_plays_the_example_and_every_output_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--json", str(tmp_path / "out.json"), "--html", str(tmp_path / "out.html")]
+    assert cli.main([*EXAMPLE, "--all", "--seeds", "1", *files]) == 0
+    table = capsys.readouterr().out
+    document = json.loads((tmp_path / "out.json").read_text())
+    html = (tmp_path / "out.html").read_text()
+    for name in POLICIES:
+        assert name in table
+        assert name in document["mean_low_high"]
+        assert f"<h3>{name}</h3>" in html
+    assert {run["requests"] for run in document["runs"]} == {105}
+    assert "http" not in html.replace("http://www.w3.org", ""), "the page needs nothing from elsewhere"
+
+
+def test_the_help_names_every_policy_and_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    told = capsys.readouterr().out
+    for name in (*POLICIES, *cli.shipped()):
+        assert name in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--profile", "no-such"], "known names: h100-olmoe"),
+        (["--profile", "l4-olmoe"], "--speed-up"),
+        (["--trace", "nowhere.csv"], "cannot be read"),
+        (["--model", str(ROOT / "examples/prismservice.yaml")], "no PrismModel 'small-moe'"),
+    ],
+)
+def test_input_that_cannot_be_simulated_is_refused_with_what_would_work(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*EXAMPLE, *arguments])
+    assert said in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_profile_of_full_alone_gets_the_models_points_by_a_speed_up() -> None:
+    fitted = cli.fitted(cli.load_profile("l4-olmoe"), ramp.model(), 2.0)
+    steps = [fitted.points[name].step_seconds(8, 1000, 100) for name in ramp.model().ladder.names]
+    assert steps == sorted(steps)
+    assert steps[-1] / steps[0] == pytest.approx(2.0, rel=1e-4)
+
+
+def test_shipped_estimates_say_that_they_are() -> None:
+    for name in cli.shipped():
+        assert cli.load_profile(name).provenance.startswith("ESTIMATE"), name
+
+
+def test_flaps_are_turns_within_the_time() -> None:
+    series = [(0.0, 3), (10.0, 2), (50.0, 3), (100.0, 4), (200.0, 3)]
+    assert changes(series) == [(10.0, -1), (50.0, 1), (100.0, 1), (200.0, -1)]
+    assert flaps(changes(series), 60.0) == 1
+    assert flaps(changes(series), 100.0) == 2
+
+
+def test_quantiles_and_intervals_of_few_values() -> None:
+    assert quantiles([]) == (None, None, None)
+    assert quantiles([1.0, 2.0, 3.0, 4.0]) == (2.0, 4.0, 4.0)
+    assert interval([5.0]) == (5.0, 5.0, 5.0)
+    mean, low, high = interval([1.0, 2.0, 3.0])
+    assert (mean, round(high - low, 3)) == (2.0, 4.969)
