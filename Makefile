@@ -92,6 +92,10 @@ bench-engine: install ## Step time of the engine at every operating point on thi
 bench-refactor: install ## Time to partition a layer of OLMoE's shape on this CPU, and what it grows with
 	$(BIN)/python -m prism_runtime.refactor.bench $(ARGS)
 
+.PHONY: bench-planner
+bench-planner: install ## CPU time of one planner tick for 1,000 services (ARGS="--services 100 1000 --pods 10 100")
+	$(BIN)/python -m prism_operator.plan_bench $(ARGS)
+
 .PHONY: evidence-slice
 evidence-slice: install ## Re-take every figure of evidence/slice.json (ARGS=--cold: from empty caches too)
 	$(BIN)/python -m evidence.slice $(ARGS)

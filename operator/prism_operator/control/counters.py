@@ -53,6 +53,7 @@ def _difference(before: ClassCounters | None, after: ClassCounters) -> ClassDelt
         cancelled=grown("cancelled"),
         prompt_tokens=grown("prompt_tokens"),
         output_tokens=grown("output_tokens"),
+        in_out=histogram("in_out"),
         ttft=histogram("ttft"),
         tpot=histogram("tpot"),
         tokens_by_point={

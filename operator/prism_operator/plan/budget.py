@@ -4,8 +4,10 @@ Down, all steps at once:
     if offered load does not fit ready capacity at the current points, take the highest points at which it does;
     if latency says saturated (above `high`) although it fits, take one step.
 Up, one step after a dwell:
-    if saturation is below `low`, is predicted to stay below `high` at the point above, and load would fit there with a
-    margin, all of it without a break for the dwell.
+    if saturation is below `low`, is predicted to stay below `high` at the point above, and load would fit there: with a
+    margin throughout the dwell, or without one throughout the slow loop's down window. Without the second, a load that
+    just fits what was ordered for it would keep quality down for good; with a shorter window, noise would flap. A step
+    up that one step down takes back within a minute was one too early: the next waits for twice the dwell, up to eight.
 
 Which class sinks and rises first is `plan.brownout`'s matter. Floors are absolute, and may be lifted for a time: see
 `plan.floors`. When every class is at its floor and load still does not fit, classes that allow it are shed, lowest
@@ -41,6 +43,10 @@ from prism_operator.plan.types import (
     Status,
 )
 from prism_operator.plan.verdicts import Points, Verdict, assemble, calm, listed, offered, resting
+
+FLAP_S = 60.0
+"""A point that goes back within a minute has flapped."""
+MOST_PATIENCE = 8
 
 
 def decide(
@@ -138,7 +144,7 @@ def _unsteered(
         text = f"only {fresh} of {ready} ready pods reported freshly; points are held and envelopes renewed"
     else:
         return None
-    state = _moved(state, points, observation.now_s, Reason.STEADY)
+    state = _moved(policy, state, points, observation.now_s, Reason.STEADY)
     verdicts = {name: Verdict(point, status, reason, text) for name, point in points.items()}
     return assemble(observation, policy, state, verdicts, pinned=reason is not Reason.SIGNALS_STALE), state
 
@@ -160,7 +166,7 @@ def _steer(
     if why_down is not None and dwelt and bridgeable:
         after = _lowered(policy, pressure, before)
         verdicts = _down_verdicts(policy, pressure, before, after, cause, why_down)
-        state = _moved(_restart_dwell(state), after, observation.now_s, cause)
+        state = _moved(policy, _restart_dwell(state), after, observation.now_s, cause)
     else:
         after, verdicts, state = _raised(observation, policy, state, pressure, before, cause, why_down)
     state = _admission(policy, state, pressure, after)
@@ -279,32 +285,44 @@ def _raised(
         name, remembered = class_policy.name, classes[class_policy.name]
         point = before[name]
         if point == policy.max_point:
-            classes[name] = replace(remembered, low_since_s=None, cause=Reason.STEADY)
+            classes[name] = replace(remembered, low_since_s=None, narrow_since_s=None, cause=Reason.STEADY)
             text = why_down or calm(pressure, name)
             verdicts[name] = Verdict(point, Status.HOLD, resting(policy, point), text)
             continue
         # While pods are missing, that is why the class is low, whatever sent it down first.
         reason = cause if cause is not Reason.BROWNOUT else remembered.cause
         if class_policy is not candidate or why_down is not None:
-            classes[name] = replace(remembered, low_since_s=None, cause=reason)
+            classes[name] = replace(remembered, low_since_s=None, narrow_since_s=None, cause=reason)
             text = why_down or f"{calm(pressure, name)}; another class rises first"
             verdicts[name] = Verdict(point, Status.HOLD, reason, text)
             continue
         upper = policy.ladder.points[policy.ladder.index(point) + 1].name
-        refused = _why_not_up(observation, policy, pressure, name, before, upper)
-        if refused is not None:
-            classes[name] = replace(remembered, low_since_s=None, cause=reason)
+        loop, now_s = policy.loop, observation.now_s
+        refused = _why_not_up(observation, policy, pressure, name, before, upper, loop.restore_rate_margin)
+        barely = refused and _why_not_up(observation, policy, pressure, name, before, upper, loop.rate_margin)
+        since = now_s if remembered.low_since_s is None else remembered.low_since_s
+        narrow = now_s if remembered.narrow_since_s is None else remembered.narrow_since_s
+        if barely is not None or (refused is not None and now_s - narrow < policy.effective.stabilization_down_s):
+            narrow_since_s = narrow if barely is None else None
+            classes[name] = replace(remembered, low_since_s=None, narrow_since_s=narrow_since_s, cause=reason)
             verdicts[name] = Verdict(point, Status.HOLD, reason, calm(pressure, name), f"'{upper}': {refused}")
             continue
-        since = observation.now_s if remembered.low_since_s is None else remembered.low_since_s
-        dwell_s = policy.effective.dwell_up_ms / 1000
-        calm_s = observation.now_s - since
+        dwell_s = remembered.patience * policy.effective.dwell_up_ms / 1000
+        calm_s = now_s - (since if refused is None else narrow)
         if calm_s < dwell_s:
-            classes[name] = replace(remembered, low_since_s=since, cause=reason)
+            classes[name] = replace(remembered, low_since_s=since, narrow_since_s=narrow, cause=reason)
             text = f"{calm(pressure, name)}; '{upper}' in {dwell_s - calm_s:.0f} s if this lasts"
             verdicts[name] = Verdict(point, Status.HOLD, Reason.DWELL, text)
             continue
-        classes[name] = replace(remembered, point=upper, moved_s=observation.now_s, low_since_s=None, cause=reason)
+        classes[name] = replace(
+            remembered,
+            point=upper,
+            moved_s=now_s,
+            risen_s=now_s,
+            low_since_s=None,
+            narrow_since_s=None,
+            cause=reason,
+        )
         text = f"{calm(pressure, name)} for {calm_s:.0f} s; '{upper}' fits"
         verdicts[name] = Verdict(upper, Status.PROGRESS, Reason.RESTORE, text)
     after = {name: remembered.point for name, remembered in classes.items()}
@@ -312,9 +330,15 @@ def _raised(
 
 
 def _why_not_up(
-    observation: Observation, policy: ServicePolicy, pressure: Pressure, name: str, points: Points, upper: str
+    observation: Observation,
+    policy: ServicePolicy,
+    pressure: Pressure,
+    name: str,
+    points: Points,
+    upper: str,
+    margin: float,
 ) -> str | None:
-    """Why a class may not rise to `upper` now, or None if it may."""
+    """Why a class may not rise to `upper` now, or None if it may; `margin` is the share of load to have to spare."""
     loop = policy.loop
     if any(rate is None for rate in pressure.rates.values()):
         return "the load of some class is unknown"
@@ -326,7 +350,7 @@ def _why_not_up(
     predicted = pressure.predicted(name, points, candidate, budgets)
     if predicted is not None and predicted >= loop.high - loop.restore_margin:
         return f"saturation would be {predicted:.2f}, not below {loop.high - loop.restore_margin:.2f}"
-    if pressure.fits(candidate, loop.restore_rate_margin) is False:
+    if pressure.fits(candidate, margin) is False:
         return f"offered {offered(pressure)} does not fit {pressure.ready} ready pods there with a margin"
     if any(pod.points.get(name, points[name]) != points[name] for pod in observation.fresh):
         return f"not every pod runs at '{points[name]}' yet"
@@ -354,15 +378,32 @@ def _admission(policy: ServicePolicy, state: BudgetState, pressure: Pressure, po
     return replace(state, classes=classes)
 
 
-def _moved(state: BudgetState, points: Points, now_s: float, cause: Reason) -> BudgetState:
+def _moved(policy: ServicePolicy, state: BudgetState, points: Points, now_s: float, cause: Reason) -> BudgetState:
     classes = {
         name: remembered
         if remembered.point == points[name]
-        else replace(remembered, point=points[name], moved_s=now_s, low_since_s=None, cause=cause)
+        else replace(
+            remembered,
+            point=points[name],
+            moved_s=now_s,
+            low_since_s=None,
+            narrow_since_s=None,
+            cause=cause,
+            patience=_patience(policy, remembered, points[name], now_s),
+        )
         for name, remembered in state.classes.items()
     }
     return replace(state, classes=classes)
 
 
+def _patience(policy: ServicePolicy, remembered: ClassBudgetState, point: str, now_s: float) -> int:
+    steps = policy.ladder.index(remembered.point) - policy.ladder.index(point)
+    if steps == 1 and remembered.risen_s is not None and now_s - remembered.risen_s <= FLAP_S:
+        return min(MOST_PATIENCE, 2 * remembered.patience)
+    return max(1, remembered.patience // 2)
+
+
 def _restart_dwell(state: BudgetState) -> BudgetState:
-    return replace(state, classes={name: replace(c, low_since_s=None) for name, c in state.classes.items()})
+    return replace(
+        state, classes={name: replace(c, low_since_s=None, narrow_since_s=None) for name, c in state.classes.items()}
+    )

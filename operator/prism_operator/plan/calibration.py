@@ -31,14 +31,25 @@ class Evidence:
 
 
 def corrected(
-    factor: float, evidence: list[Evidence], observation: Observation, loop: LoopSettings, elapsed_s: float
-) -> float:
-    """The factor after `elapsed_s` more of this evidence; it stays where it is while nothing can be judged."""
+    factor: float,
+    variance: float,
+    evidence: list[Evidence],
+    observation: Observation,
+    loop: LoopSettings,
+    elapsed_s: float,
+) -> tuple[float, float]:
+    """The factor and its variance after `elapsed_s` more of this evidence; both stay while nothing can be judged.
+
+    The variance is that of what is observed around the factor: it is large while the factor is on its way to a new
+    value, and where a single factor does not describe what pods do.
+    """
     ratio = _ratio(evidence, observation, loop)
     if ratio is None:
-        return factor
+        return factor, variance
     target = 1.0 if 1 / UNDECIDED < ratio < UNDECIDED else min(MOST, max(LEAST, ratio))
-    return factor + (1 - math.exp(-elapsed_s / loop.calibration_s)) * (target - factor)
+    weight = 1 - math.exp(-elapsed_s / loop.calibration_s)
+    off = target - factor
+    return factor + weight * off, variance + weight * (off * off * (1 - weight) - variance)
 
 
 def _ratio(evidence: list[Evidence], observation: Observation, loop: LoopSettings) -> float | None:

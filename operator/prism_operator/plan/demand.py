@@ -5,12 +5,13 @@ reports and no arrivals has rate 0. Counts come from some of the ready pods when
 scaled up by the share heard.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from prism_api.control import histogram_quantile
-from prism_operator.plan import calibration
+from prism_operator.plan import calibration, lengths
 from prism_operator.plan.calibration import Evidence
 from prism_operator.plan.capacity import ClassLoad
 from prism_operator.plan.types import ClassDelta, DemandState, Lengths, LoopSettings, Observation, Sample, ServicePolicy
@@ -49,11 +50,13 @@ def update(state: DemandState, observation: Observation, policy: ServicePolicy) 
         return state
     ready = len(observation.ready)
     heard = len(observation.fresh) / ready if ready else 1.0
-    samples = {}
+    samples, cells = {}, {}
     for class_policy in policy.classes:
         name = class_policy.name
         history = state.samples.get(name, ())
         delta = observation.classes.get(name)
+        counted = () if delta is None else delta.in_out
+        cells[name] = lengths.faded(state.cells.get(name, ()), counted, now_s - state.last_s)
         if delta is not None:
             # Counters are cumulative: after a silence the difference covers all of it.
             start_s = history[-1].end_s if history else state.last_s
@@ -63,13 +66,15 @@ def update(state: DemandState, observation: Observation, policy: ServicePolicy) 
     due = now_s // COARSE_S > state.last_s // COARSE_S
     pods = tuple(sorted(pod.uid for pod in observation.ready))
     ready_since_s = state.ready_since_s if pods == state.ready_pods else now_s
-    state = replace(state, last_s=now_s, samples=samples, ready_pods=pods, ready_since_s=ready_since_s)
+    state = replace(state, last_s=now_s, samples=samples, ready_pods=pods, ready_since_s=ready_since_s, cells=cells)
     # Latencies seen with another number of pods say nothing about this one.
     if not due or ready_since_s is None or now_s - ready_since_s <= policy.loop.long_window_s + COARSE_S:
         return state
     evidence = _evidence(state, policy)
-    factor = calibration.corrected(state.cost_factor, evidence, observation, policy.loop, COARSE_S)
-    return replace(state, cost_factor=factor)
+    factor, variance = calibration.corrected(
+        state.cost_factor, state.cost_variance, evidence, observation, policy.loop, COARSE_S
+    )
+    return replace(state, cost_factor=factor, cost_variance=variance)
 
 
 def _evidence(state: DemandState, policy: ServicePolicy) -> list[Evidence]:
@@ -77,9 +82,9 @@ def _evidence(state: DemandState, policy: ServicePolicy) -> list[Evidence]:
     for class_policy in policy.classes:
         seen = window(state, class_policy.name, policy.loop.long_window_s)
         rate = long_rate(state, class_policy.name, policy)
-        lengths = mean_lengths(state, class_policy.name)
-        if seen.arrived and rate is not None and lengths is not None:
-            evidence.append(Evidence(ClassLoad(class_policy, rate.per_s, lengths), seen))
+        typical = mean_lengths(state, class_policy.name)
+        if seen.arrived and rate is not None and typical is not None:
+            evidence.append(Evidence(ClassLoad(class_policy, rate.per_s, typical), seen))
     return evidence
 
 
@@ -119,25 +124,30 @@ def long_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | No
 
 
 def mean_lengths(state: DemandState, name: str) -> Lengths | None:
-    """Mean prompt and output of the requests remembered, None before one finished.
+    """Prompt and output of the requests remembered, None before one finished.
 
     Tokens are counted as they come, so requests in flight have given a part of theirs: on average half.
     """
-    deltas = [sample.delta for sample in state.samples.get(name, ())]
-    arrived = sum(delta.arrived for delta in deltas)
-    finished = sum(delta.finished for delta in deltas)
+    arrived = finished = given_up = prompt_tokens = output_tokens = 0
+    for sample in state.samples.get(name, ()):
+        delta = sample.delta
+        arrived += delta.arrived
+        finished += delta.finished
+        given_up += delta.shed + delta.cancelled
+        prompt_tokens += delta.prompt_tokens
+        output_tokens += delta.output_tokens
     if finished <= 0 or arrived <= 0:
         return None
-    in_flight = max(0, arrived - finished - sum(delta.shed + delta.cancelled for delta in deltas))
-    prompt_tokens = sum(delta.prompt_tokens for delta in deltas)
-    output_tokens = sum(delta.output_tokens for delta in deltas)
-    return Lengths(prompt_tokens / max(1, arrived), output_tokens / (finished + in_flight / 2))
+    in_flight = max(0, arrived - finished - given_up)
+    means = prompt_tokens / max(1, arrived), output_tokens / (finished + in_flight / 2)
+    return lengths.with_moments(*means, state.cells.get(name, ()))
 
 
 def window(state: DemandState, name: str, seconds: float) -> ClassDelta:
     """Sum of what was counted in the last `seconds`."""
-    since = (state.last_s or 0.0) - seconds
-    return total_of(sample for sample in state.samples.get(name, ()) if sample.end_s > since + _TICK_TOLERANCE_S)
+    since = (state.last_s or 0.0) - seconds + _TICK_TOLERANCE_S
+    newest_first = itertools.takewhile(lambda sample: sample.end_s > since, reversed(state.samples.get(name, ())))
+    return total_of(newest_first)
 
 
 def latency_quantile_s(histogram: Sequence[int], quantile: float) -> float | None:
@@ -178,6 +188,7 @@ def _sum(deltas: list[ClassDelta]) -> ClassDelta:
         ttft=_sum_counts([delta.ttft for delta in deltas]),
         tpot=_sum_counts([delta.tpot for delta in deltas]),
         tokens_by_point=points,
+        in_out=_sum_counts([delta.in_out for delta in deltas]),
     )
 
 
@@ -190,11 +201,16 @@ def _rate(state: DemandState, name: str, window_s: float, loop: LoopSettings) ->
     history = state.samples.get(name, ())
     if not history or state.last_s is None or state.last_s - history[-1].end_s > loop.missed_polls * loop.fast_period_s:
         return None
-    since = state.last_s - window_s
-    inside = [sample for sample in history if sample.end_s > since + _TICK_TOLERANCE_S]
-    span_s = sum(sample.end_s - sample.start_s for sample in inside)
-    offered = sum(sample.delta.arrived / sample.heard for sample in inside)
-    return Rate(offered / span_s, sum(sample.delta.arrived for sample in inside), span_s)
+    # From the last sample, not from now: after a missed poll the shortest window would hold none.
+    since = history[-1].end_s - window_s + _TICK_TOLERANCE_S
+    span_s, offered, arrivals = 0.0, 0.0, 0
+    for sample in reversed(history):
+        if sample.end_s <= since:
+            break
+        span_s += sample.end_s - sample.start_s
+        offered += sample.delta.arrived / sample.heard
+        arrivals += sample.delta.arrived
+    return Rate(offered / span_s, arrivals, span_s)
 
 
 def _compact(history: tuple[Sample, ...], oldest_s: float, fine_since_s: float) -> tuple[Sample, ...]:

@@ -1,7 +1,7 @@
 """How many replicas the load asks for, before any bound, window or step cap.
 
     up      max(ceil((1 + u*h) * need(nominal)), ceil((1 + h) * need(floors)))     of the peak load
-    keep    ceil((1 + k*h) * need(nominal))                                        of the mean load
+    keep    ceil((1 + k*h) * need(nominal))         of the mean load, at the profile's costs plus their uncertainty
 
 `need(points)` is the real number of replicas that hold a load with the classes at these points, h the headroom, and
 (u, k) its shares by `scaling.reserve`: how much of it stands in idle pods. Nominal points are the tops: planned at the
@@ -101,8 +101,7 @@ def ask(
         # Up follows the burst, for the up window takes the least ask; down follows the mean, for it takes the largest.
         peak.append(ClassLoad(class_policy, max(short.per_s, expected), lengths))
         mean.append(ClassLoad(class_policy, expected, lengths))
-    profile = observation.profile and capacity.scaled(observation.profile, state.cost_factor)
-    return _from_profile(profile, policy, peak, mean, len(ready)) or _from_saturation(observation, state, policy)
+    return _from_profile(observation, state, policy, peak, mean) or _from_saturation(observation, state, policy)
 
 
 def _forecast(state: ForecastState | None, policy: ServicePolicy, ready_s: float) -> float:
@@ -116,17 +115,24 @@ def _forecast(state: ForecastState | None, policy: ServicePolicy, ready_s: float
 
 
 def _from_profile(
-    profile: Profile | None, policy: ServicePolicy, peak: list[ClassLoad], mean: list[ClassLoad], ready: int
+    observation: Observation,
+    state: DemandState,
+    policy: ServicePolicy,
+    peak: list[ClassLoad],
+    mean: list[ClassLoad],
 ) -> Ask | None:
     if not peak:
         return Ask(0, 0, Reason.DEMAND, "no load in fresh reports", inputs={"offered_per_s": 0.0})
-    if profile is None:
+    if observation.profile is None:
         return None
+    profile = capacity.scaled(observation.profile, state.cost_factor)
+    # What is uncertain about the profile keeps replicas and orders none: it would come and go with the evidence.
+    cautious = capacity.scaled(observation.profile, state.cautious_cost_factor)
     floors = {class_policy.name: class_policy.floor for class_policy in policy.classes}
     nominal = _nominal(policy, floors, mean, profile)
     top = capacity.replicas_for(peak, nominal, profile)
     bottom = capacity.replicas_for(peak, floors, profile)
-    kept = capacity.replicas_for(mean, nominal, profile)
+    kept = capacity.replicas_for(mean, nominal, cautious)
     if top is None or bottom is None or kept is None:
         return None
     headroom = policy.effective.headroom
@@ -146,7 +152,7 @@ def _from_profile(
         "need_kept": kept,
         "headroom": headroom,
     }
-    bridged = policy.budget is BudgetControl.AUTO and _ceil(bottom) <= ready
+    bridged = policy.budget is BudgetControl.AUTO and _ceil(bottom) <= len(observation.ready)
     return Ask(up, _ceil((1 + down_share * headroom) * kept), Reason.DEMAND, text, bridged, inputs, nominal)
 
 

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prism_api import FULL
 from prism_api.profile import Profile
@@ -35,6 +35,8 @@ class Pressure:
     backlog: int
     profile: Profile | None
     saturation: Mapping[str, float | None]
+    _needs: dict[tuple[tuple[str, str], ...], float | None] = field(default_factory=dict, compare=False, repr=False)
+    """Answers of `need`: a tick asks about the same points several times, and each answer is dear."""
 
     @property
     def ready(self) -> int:
@@ -49,26 +51,28 @@ class Pressure:
         """
         if self.loads is None or self.profile is None:
             return None
-        loads = [
-            ClassLoad(load.policy, load.per_s * (1 + margin), load.lengths)
-            for load in self.loads
-            if load.policy.name not in without
-        ]
-        need = capacity.replicas_for(loads, points, self.profile)
-        need_full = capacity.replicas_for(loads, dict.fromkeys(points, FULL), self.profile)
-        if need is None or need_full is None:
+        need = self.need(points, without)
+        need_full = self.need(dict.fromkeys(points, FULL), without) if self.silent else None
+        if need is None or (self.silent and need_full is None):
             return None
         if need == 0:
             return True
-        silent = self.silent / need_full
+        need *= 1 + margin
+        silent = self.silent / (need_full * (1 + margin)) if need_full else 0.0
         steered = (max(self.ordered, self.ready) - self.silent) if ordered else self.acknowledged
         return steered / need + silent >= 1
 
-    def need(self, points: Points) -> float | None:
+    def need(self, points: Points, without: frozenset[str] = frozenset()) -> float | None:
         """Replicas that hold the offered load at `points`, as a real number; None if unknown."""
         if self.loads is None or self.profile is None:
             return None
-        return capacity.replicas_for(self.loads, points, self.profile)
+        if without:
+            loads = [load for load in self.loads if load.policy.name not in without]
+            return capacity.replicas_for(loads, points, self.profile)
+        key = tuple(points.items())
+        if key not in self._needs:
+            self._needs[key] = capacity.replicas_for(self.loads, points, self.profile)
+        return self._needs[key]
 
     def predicted(self, name: str, current: Points, candidate: Points, budgets: Mapping[str, int]) -> float | None:
         """Saturation of a class if the points changed: measured, times the predicted ratio of step times.

@@ -4,6 +4,7 @@ Time is `now_s`: seconds of one monotonic clock, an argument everywhere. Units s
 and is never read as zero. States hold plain values only, so that `dataclasses.asdict` gives JSON, and are bounded.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -62,6 +63,8 @@ class ClassDelta:
     """48 counts with the bounds of `prism_api.control`, or empty for none."""
     tpot: tuple[int, ...] = ()
     tokens_by_point: Mapping[str, int] = field(default_factory=dict)
+    in_out: tuple[int, ...] = ()
+    """Finished requests in the 4 x 4 cells of `prism_api.control.in_out_cell`, or empty for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,10 +249,33 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Mean tokens of a request."""
+    """Tokens of a request: means, and second moments where they are known.
+
+    What is None is taken as exponential lengths, prompt and output independent of each other.
+    """
 
     prompt_tokens: float
     output_tokens: float
+    prompt_squared: float | None = None
+    output_squared: float | None = None
+    product: float | None = None
+
+    @property
+    def context_tokens(self) -> float:
+        """Mean context of a running sequence: long outputs run for longer, so they count for more.
+
+        (E[prompt * output] + E[output^2] / 2) / E[output]
+        """
+        product = self.prompt_tokens * self.output_tokens if self.product is None else self.product
+        squared = 2 * self.output_tokens**2 if self.output_squared is None else self.output_squared
+        return (product + squared / 2) / self.output_tokens if self.output_tokens else self.prompt_tokens
+
+    @property
+    def prompt_cv_squared(self) -> float:
+        """Squared coefficient of variation of prompt lengths."""
+        if self.prompt_squared is None or not self.prompt_tokens:
+            return 1.0
+        return max(0.0, self.prompt_squared / self.prompt_tokens**2 - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +292,15 @@ class DemandState:
     """Since when exactly these are ready."""
     cost_factor: float = 1.0
     """Observed over predicted step time: what the profile's costs are multiplied by. See `plan.calibration`."""
+    cost_variance: float = 0.0
+    """Mean squared difference of what was observed from that factor."""
+    cells: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Class -> finished requests by length cell, older ones fading. See `plan.lengths`."""
+
+    @property
+    def cautious_cost_factor(self) -> float:
+        """The factor plus its uncertainty: what a scale-down must not rely on being better than."""
+        return self.cost_factor + math.sqrt(self.cost_variance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +359,13 @@ class ClassBudgetState:
     moved_s: float
     """When the point last changed, or was adopted."""
     low_since_s: float | None = None
-    """Since when a step up has been justified without a break."""
+    """Since when a step up has been justified, with a margin, without a break."""
+    narrow_since_s: float | None = None
+    """The same without the margin."""
+    risen_s: float | None = None
+    """When the class last took a step up."""
+    patience: int = 1
+    """Dwells that the next step up must last through; grows with steps that had to be taken back soon."""
     cause: Reason = Reason.STEADY
     """Why the class last went down."""
     shedding: bool = False

@@ -88,6 +88,28 @@ def test_step_up_needs_the_whole_dwell_without_a_break() -> None:
     assert moves == [(10, "b625"), (21, "b750")]
 
 
+def test_step_up_that_was_taken_back_at_once_makes_the_next_one_wait_longer() -> None:
+    policy = service_policy()
+    rise = replace(_state("full"), classes={NAME: ClassBudgetState("full", NOW_S - 20, risen_s=NOW_S - 20)})
+    _, flapped = budget.decide(observation(NOW_S, 2), demand_of(policy, 11, NOW_S), policy, rise)
+    assert (flapped.classes[NAME].point, flapped.classes[NAME].patience) == ("b875", 2)
+    _, burst = budget.decide(observation(NOW_S), demand_of(policy, HIGH, NOW_S), policy, rise)
+    assert (burst.classes[NAME].point, burst.classes[NAME].patience) == ("b500", 1), "a burst is no flap"
+
+
+def test_load_that_just_fits_above_gets_it_after_a_whole_down_window() -> None:
+    """5 a second fit one pod at full with 5 % to spare and not with 15 %: quality must not stay down for good."""
+    behavior = {"scaleDown": {"stabilizationWindowSeconds": 60}}
+    policy = service_policy(scaling={"minReplicas": 1, "maxReplicas": 3, "behavior": behavior})
+    state, moves = _state("b875"), []
+    for tick in range(70):
+        seen = observation(NOW_S + tick, pods=(pod(point=state.classes[NAME].point),))
+        plan, state = budget.decide(seen, demand_of(policy, 5, NOW_S + tick), policy, state)
+        if plan.status is Status.PROGRESS:
+            moves.append((tick, plan.by_name(NAME).point))
+    assert moves == [(60, "full")]
+
+
 def test_no_step_up_while_a_pod_runs_at_another_point() -> None:
     plan, state = _decide(LOW, state=_state("b625"), pods=(pod(point="b500"),))
     assert plan.by_name(NAME).point == "b625"

@@ -87,3 +87,15 @@ def test_latencies_seen_with_another_number_of_pods_correct_nothing() -> None:
         classes = {NAME: delta(RATE, tpot_ms=2000.0)}
         state = demand.update(state, observation(float(tick), pods, classes=classes), POLICY)
     assert state.cost_factor == 1.0
+
+
+def test_factor_on_its_way_to_a_new_value_is_uncertain() -> None:
+    moving, settled = _run(90.0, seconds=120), _run(90.0, seconds=2000)
+    assert moving.cost_factor < moving.cautious_cost_factor
+    assert moving.cost_variance > settled.cost_variance
+    assert settled.cautious_cost_factor == pytest.approx(settled.cost_factor, rel=0.02)
+
+
+def test_profile_that_agrees_has_no_uncertainty() -> None:
+    state = _run(52.0)
+    assert (state.cost_factor, state.cautious_cost_factor) == (1.0, 1.0)

@@ -26,6 +26,16 @@ def test_class_without_report_is_unknown_and_class_without_arrivals_is_zero() ->
     assert demand.long_rate(silent, NAME, policy) is None
 
 
+def test_missed_polls_leave_the_last_rate_until_it_is_too_old() -> None:
+    """Three polls may be missed; two of them are as long as the shortest window."""
+    policy = service_policy()
+    state, rates = demand_of(policy, 4), []
+    for tick in range(1, 5):
+        state = demand.update(state, observation(60.0 + tick), policy)
+        rates.append(demand.short_rate(state, NAME, policy))
+    assert [None if rate is None else rate.per_s for rate in rates] == [4.0, 4.0, 4.0, None]
+
+
 def test_shed_requests_count_as_offered() -> None:
     policy = service_policy()
     state = DemandState()
