@@ -16,8 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from evidence.figures import Figure, NotTaken, absent, measured, merge
+from prism_operator import plan_bench
 from prism_operator.plan.policy import resolve
 from prism_operator.plan.types import LoopSettings, ServicePolicy
 from prism_operator.simulate import ramp, report
@@ -26,7 +28,7 @@ from prism_operator.simulate.control import Controller, Prism
 from prism_operator.simulate.fleet import Fleet
 from prism_operator.simulate.policies import BASELINES
 from prism_operator.simulate.score import Score, score
-from prism_operator.simulate.study import Results, Study, dominating, interval, run
+from prism_operator.simulate.study import Study, dominating, interval, run
 from prism_operator.simulate.traces import Reading, read
 from prism_operator.simulate.workload import SimRequest, poisson
 from prism_operator.simulate.world import World
@@ -35,7 +37,7 @@ OUT = Path(__file__).with_name("planner.json")
 CELLS = Path(__file__).with_name("planner_pareto.json")
 TRACES = Path(__file__).parents[1] / "examples" / "traces"
 COMMAND = "python -m evidence.planner"
-RAMP_SEEDS, PARETO_SEEDS = tuple(range(10)), tuple(range(5))
+RAMP_SEEDS, PARETO_SEEDS, TICK_SEEDS = tuple(range(10)), tuple(range(5)), (42, 43, 44)
 SPEED_UPS = (1.2, 1.5, 2.0)
 TRACE_SPEED_UP = 1.5
 """H of the knob on the traces."""
@@ -51,38 +53,24 @@ class Episode:
     tpot_ms: int
     least: int
     most: int
+    initial: int
     reading: Reading
     start_median_s: float = 100.0
     start_p90_s: float = 130.0
 
 
 EPISODES = (
-    Episode("azure2023_code", "l4-olmoe", 2000, 150, 2, 12, Reading("default", factor=2, longest_prompt=3500), 60, 80),
-    Episode("azure2023_conv", "l4-olmoe", 2000, 150, 2, 12, Reading("default", factor=3, longest_prompt=3500), 60, 80),
-    Episode("mooncake_synthetic", "h100x2-qwen3-32b", 10000, 150, 2, 16, Reading("default")),
     Episode(
-        "servegen_m-small",
-        "l4-olmoe",
-        1000,
-        150,
-        1,
-        12,
-        Reading("default", start_s=54000, span_s=14400, factor=0.05),
-        60,
-        80,
+        "azure2023_code", "l4-olmoe", 2000, 150, 2, 12, 4, Reading("default", factor=2, longest_prompt=3500), 60, 80
     ),
+    Episode("azure2023_conv", "l4-olmoe", 2000, 150, 2, 12, 5, Reading("default", longest_prompt=3500), 60, 80),
+    Episode("mooncake_synthetic", "h100x2-qwen3-32b", 10000, 300, 2, 12, 5, Reading("default")),
     Episode(
-        "servegen_m-mid",
-        "l4-olmoe",
-        1000,
-        150,
-        1,
-        12,
-        Reading("default", start_s=0, span_s=14400, factor=0.015),
-        60,
-        80,
+        "servegen_m-small", "l4-olmoe", 1000, 150, 1, 12, 2, Reading("default", 0, 60000, 5400, factor=0.015), 60, 80
     ),
+    Episode("servegen_m-mid", "l4-olmoe", 1000, 150, 1, 12, 3, Reading("default", 0, 0, 5400, factor=0.005), 60, 80),
 )
+"""Each rate is thinned or doubled so that a handful of replicas holds the mean; `initial` replicas are ready."""
 
 
 def ramp_policy() -> ServicePolicy:
@@ -126,15 +114,63 @@ def study_of(episode: Episode) -> Study:
         workload=workload,
         start_median_s=episode.start_median_s,
         start_p90_s=episode.start_p90_s,
-        initial=episode.least,
+        initial=episode.initial,
     )
 
 
-@cache
-def pareto(name: str) -> Results:
-    """Every policy on one episode, all seeds."""
-    episode = next(one for one in EPISODES if one.name == name)
-    return run(study_of(episode), BASELINES, PARETO_SEEDS)
+Row = dict[str, Any]
+
+
+def cells_of(episode: Episode) -> list[Row]:
+    """Every policy on one episode over all seeds: one row of the Pareto table each, the unfavourable ones too."""
+    results = run(study_of(episode), BASELINES, PARETO_SEEDS)
+    print(f"\n{episode.name}\n{report.table(results)}", flush=True)
+    better = dominating(results.scores)
+    return [
+        {
+            "trace": episode.name,
+            "policy": name,
+            "dominates_prism": name in better,
+            "attainment": [round(value, 5) for value in interval([one.attainment for one in runs])],
+            "replica_hours": [round(value, 4) for value in interval([one.replica_hours for one in runs])],
+            "mean_replicas": round(statistics.fmean(one.mean_replicas for one in runs), 3),
+            "relative_quality": round(statistics.fmean(one.relative_quality or 0.0 for one in runs), 5),
+            "effective_accuracy": round(statistics.fmean(one.effective_accuracy for one in runs), 5),
+            "floor_violations": sum(one.floor_violations for one in runs),
+            "point_flaps": sum(one.point_flaps for one in runs),
+            "replica_flaps": sum(one.replica_flaps for one in runs),
+            "seeds": list(PARETO_SEEDS),
+        }
+        for name, runs in results.scores.items()
+    ]
+
+
+def take_cells(names: Sequence[str]) -> None:
+    """Play these episodes and put their rows into the file, each at once, so that an interruption loses little."""
+    for episode in (one for one in EPISODES if one.name in names):
+        taken = {episode.name: cells_of(episode)}
+        known: list[Row] = json.loads(CELLS.read_text()) if CELLS.exists() else []
+        for row in known:
+            if row["trace"] != episode.name:
+                taken.setdefault(row["trace"], []).append(row)
+        rows = [row for one in EPISODES for row in taken.get(one.name, ())]
+        CELLS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+def cells() -> list[Row]:
+    """The rows of all episodes. Raises NotTaken if one is missing."""
+    rows: list[Row] = json.loads(CELLS.read_text()) if CELLS.exists() else []
+    missing = {one.name for one in EPISODES} - {row["trace"] for row in rows}
+    if missing:
+        raise NotTaken(f"not taken: no cells for {', '.join(sorted(missing))}; run: {COMMAND} --table")
+    return rows
+
+
+def floor_violations() -> int:
+    """Of Prism, on all ramps and traces."""
+    ramps = [ramp_run(h, False, seed) for h in SPEED_UPS for seed in RAMP_SEEDS]
+    traces = sum(row["floor_violations"] for row in cells() if row["policy"] == "prism")
+    return traces + sum(taken.floor_violations for taken in ramps)
 
 
 def _law(value: Callable[[Score], float]) -> Callable[[], Sequence[float | None]]:
@@ -145,17 +181,6 @@ def _prism(
     value: Callable[[Score], float | None], speed_up: float = SPEED_UPS[0]
 ) -> Callable[[], Sequence[float | None]]:
     return lambda: [value(ramp_run(speed_up, False, seed)) for seed in RAMP_SEEDS]
-
-
-def dominated_cells() -> list[str]:
-    """(trace, baseline) pairs in which the baseline is no worse than prism in both, and better in one."""
-    return [f"{one.name}/{name}" for one in EPISODES for name in dominating(pareto(one.name).scores)]
-
-
-def floor_violations() -> int:
-    ramps = [ramp_run(h, False, seed) for h in SPEED_UPS for seed in RAMP_SEEDS]
-    traces = [taken for one in EPISODES for taken in pareto(one.name).scores["prism"]]
-    return sum(taken.floor_violations for taken in (*ramps, *traces))
 
 
 def times_real_time() -> list[float]:
@@ -178,8 +203,8 @@ def _no_cluster() -> Sequence[float | None]:
     raise NotTaken("not taken: needs the local cluster under a burst slice, beside this simulation of it")
 
 
-def _tick() -> Sequence[float | None]:
-    raise NotTaken("not taken: the bench of a tick over 1,000 services is not written yet")
+def _tick() -> list[float]:
+    return [plan_bench.measure(services=1000, pods=10, classes=3, seed=seed).total_s for seed in TICK_SEEDS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,39 +236,23 @@ for _speed_up in SPEED_UPS[1:]:
         )
 PARETO_HOW = f"{COMMAND}: {len(EPISODES)} traces, {len(BASELINES)} baselines; every cell in {CELLS.name}"
 COLLECTORS |= {
-    "pareto.cells": Collector("cells", PARETO_HOW, lambda: [float(len(EPISODES) * len(BASELINES))], PARETO_SEEDS),
-    "pareto.dominated_cells": Collector("cells", PARETO_HOW, lambda: [float(len(dominated_cells()))], PARETO_SEEDS),
+    "pareto.cells": Collector(
+        "cells", PARETO_HOW, lambda: [float(sum(row["policy"] != "prism" for row in cells()))], PARETO_SEEDS
+    ),
+    "pareto.dominated_cells": Collector(
+        "cells", PARETO_HOW, lambda: [float(sum(row["dominates_prism"] for row in cells()))], PARETO_SEEDS
+    ),
     "quality.floor_violations": Collector(
         "requests", f"{COMMAND}: all ramps and traces under Prism", lambda: [float(floor_violations())], PARETO_SEEDS
     ),
-    "tick.seconds_per_1000_services": Collector("s", COMMAND, _tick),
+    "tick.seconds_per_1000_services": Collector(
+        "CPU s", "python -m prism_operator.plan_bench: 1,000 services of 10 pods and 3 classes", _tick, TICK_SEEDS
+    ),
     "sim.times_real_time": Collector(
         "simulated s per CPU s", f"{COMMAND}: 100 pods, one core", times_real_time, range(3)
     ),
     "sim.minus_cluster_attainment_points": Collector("points", COMMAND, _no_cluster),
 }
-
-
-def write_cells() -> None:
-    """Every cell of the Pareto table, the unfavourable ones too."""
-    rows = []
-    for episode in EPISODES:
-        scores = pareto(episode.name).scores
-        better = dominating(scores)
-        for name, runs in scores.items():
-            rows.append(
-                {
-                    "trace": episode.name,
-                    "policy": name,
-                    "dominates_prism": name in better,
-                    "attainment": [round(value, 5) for value in interval([one.attainment for one in runs])],
-                    "replica_hours": [round(value, 4) for value in interval([one.replica_hours for one in runs])],
-                    "relative_quality": round(statistics.fmean(one.relative_quality or 0.0 for one in runs), 5),
-                    "effective_accuracy": round(statistics.fmean(one.effective_accuracy for one in runs), 5),
-                    "floor_violations": sum(one.floor_violations for one in runs),
-                }
-            )
-    CELLS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def collect(name: str) -> Figure:
@@ -258,16 +267,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m evidence.planner", description="Re-take the planner's figures.")
     ids = ", ".join(COLLECTORS)
     parser.add_argument("--only", nargs="+", choices=COLLECTORS, metavar="ID", help=f"re-take these alone: {ids}")
-    parser.add_argument("--table", action="store_true", help="print the table of every trace, and write its cells")
+    traces = [one.name for one in EPISODES]
+    parser.add_argument(
+        "--table",
+        nargs="*",
+        choices=traces,
+        metavar="TRACE",
+        help=f"the Pareto table alone, of these: {', '.join(traces)}",
+    )
     arguments = parser.parse_args()
-    for name in () if arguments.table else (name for name in COLLECTORS if name in (arguments.only or COLLECTORS)):
+    if arguments.table is not None or not arguments.only:
+        take_cells(arguments.table or traces)
+    for name in COLLECTORS if arguments.table is None else ():
+        if name not in (arguments.only or COLLECTORS):
+            continue
         figure = collect(name)
         merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
         print(f"{name}: {figure.value if figure.why is None else figure.why}", file=sys.stderr, flush=True)
-    if arguments.table or not arguments.only:
-        for episode in EPISODES:
-            print(f"\n{episode.name}\n{report.table(pareto(episode.name))}", flush=True)
-        write_cells()
     return 0
 
 

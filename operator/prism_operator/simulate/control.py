@@ -66,6 +66,8 @@ class Orders:
     pod_points: Mapping[str, str] = field(default_factory=dict)
     """Pod -> operating point of all its classes; wins over `points`."""
     admission: Mapping[str, Admission] = field(default_factory=dict)
+    out_of_traffic: frozenset[str] | None = None
+    """Pods that get no new requests, and go first when replicas are given up."""
 
 
 class Controller(Protocol):
@@ -138,4 +140,5 @@ class Prism:
             replicas=None if replica_plan is None else replica_plan.replicas,
             points={target.name: target.point for target in plan.classes},
             admission={target.name: target.admission for target in plan.classes},
+            out_of_traffic=None if replica_plan is None else frozenset(replica_plan.out_of_traffic),
         )

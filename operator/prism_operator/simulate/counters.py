@@ -4,8 +4,11 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from prism_api.control import HISTOGRAM_BOUNDS_MS
+from prism_api.control import HISTOGRAM_BOUNDS_MS, INPUT_BOUNDS_TOKENS, OUTPUT_BOUNDS_TOKENS, in_out_cell
 from prism_operator.plan.types import ClassDelta
+from prism_operator.simulate.workload import SimRequest
+
+CELLS = (len(INPUT_BOUNDS_TOKENS) + 1) * (len(OUTPUT_BOUNDS_TOKENS) + 1)
 
 
 @dataclass(slots=True)
@@ -22,13 +25,17 @@ class Counters:
     ttft: dict[int, int] = field(default_factory=dict)
     tpot: dict[int, int] = field(default_factory=dict)
     tokens_by_point: dict[str, int] = field(default_factory=dict)
+    in_out: dict[int, int] = field(default_factory=dict)
 
     def produced(self, point: str, tokens: int) -> None:
         self.output_tokens += tokens
         self.tokens_by_point[point] = self.tokens_by_point.get(point, 0) + tokens
 
-    def judged(self, *, met: bool, ttft_s: float, tpot_s: float | None) -> None:
+    def judged(self, request: SimRequest, *, met: bool) -> None:
         """A whole answer."""
+        ttft_s, tpot_s = request.ttft_s, request.tpot_s
+        cell = in_out_cell(request.prompt_tokens, request.output_tokens)
+        self.in_out[cell] = self.in_out.get(cell, 0) + 1
         self.finished += 1
         if met:
             self.met += 1
@@ -50,6 +57,7 @@ def total(counters: Iterable[Counters]) -> ClassDelta:
     ttft: dict[int, int] = {}
     tpot: dict[int, int] = {}
     points: dict[str, int] = {}
+    in_out: dict[int, int] = {}
     for one in counters:
         arrived += one.arrived
         finished += one.finished
@@ -58,7 +66,7 @@ def total(counters: Iterable[Counters]) -> ClassDelta:
         shed += one.shed
         prompt_tokens += one.prompt_tokens
         output_tokens += one.output_tokens
-        for mine, theirs in ((ttft, one.ttft), (tpot, one.tpot)):
+        for mine, theirs in ((ttft, one.ttft), (tpot, one.tpot), (in_out, one.in_out)):
             for bucket, count in theirs.items():
                 mine[bucket] = mine.get(bucket, 0) + count
         for point, tokens in one.tokens_by_point.items():
@@ -74,11 +82,12 @@ def total(counters: Iterable[Counters]) -> ClassDelta:
         ttft=_dense(ttft),
         tpot=_dense(tpot),
         tokens_by_point=points,
+        in_out=_dense(in_out, CELLS),
     )
 
 
-def _dense(histogram: dict[int, int]) -> tuple[int, ...]:
-    counts = [0] * len(HISTOGRAM_BOUNDS_MS)
+def _dense(histogram: dict[int, int], size: int = len(HISTOGRAM_BOUNDS_MS)) -> tuple[int, ...]:
+    counts = [0] * size
     for bucket, count in histogram.items():
         counts[bucket] = count
     return tuple(counts)

@@ -85,6 +85,9 @@ class Fleet:
         self._points = dict.fromkeys(names, "full")
         self._ready_times: list[float] = []
         self._ready: list[SimPod] = []
+        self._out: frozenset[str] = frozenset()
+        """Ready pods that a controller took out of traffic."""
+        self._routable: list[SimPod] = []
         self._missed_polls: dict[str, int] = {}
         self._views: dict[str, PodView] = {}
         """Of each pod, what its last report that was heard said."""
@@ -198,6 +201,7 @@ class Fleet:
         if pod.stopping or pod.gone:
             return
         self._ready.append(pod)
+        self._route()
         if pod.created_s < self.now_s:
             self._ready_times.append(self.now_s - pod.created_s)
         if self.world.crashes_per_hour:
@@ -226,27 +230,34 @@ class Fleet:
         self.pods.remove(pod)
         if pod in self._ready:
             self._ready.remove(pod)
+            self._route()
 
     def _scale(self) -> None:
         kept = [pod for pod in self.pods if not pod.stopping]
         for _ in range(self.ordered - len(kept)):
             self._add_pod()
-        # As a ReplicaSet does: pods that are not ready go first, then the newest.
-        doomed = sorted(kept, key=lambda pod: (pod.ready(self.now_s), -pod.created_s, -pod.number))
+        # As a ReplicaSet does: pods that are not ready first, then those of the lowest deletion cost, then the newest.
+        doomed = sorted(
+            kept, key=lambda pod: (pod.ready(self.now_s), pod.name not in self._out, -pod.created_s, -pod.number)
+        )
         for pod in doomed[: max(0, len(kept) - self.ordered)]:
             pod.stopping = True
             if pod in self._ready:
                 self._ready.remove(pod)
+                self._route()
             self._at(self.now_s + self.world.drain_s, lambda pod=pod: self._crash(pod))  # type: ignore[misc]
         for pod in [pod for pod in self.pods if pod.stopping and not pod.outstanding]:
             self._forget(pod)
+
+    def _route(self) -> None:
+        self._routable = [pod for pod in self._ready if pod.name not in self._out]
 
     # -- requests -----------------------------------------------------------------------------------------------
 
     def _arrive(self, request: SimRequest) -> None:
         name = request.service_class
         self._offered += 1
-        pod = min(self._ready, key=_outstanding, default=None)
+        pod = min(self._routable, key=_outstanding, default=None)
         counters = self._gateway[name] if pod is None else pod.counters[name]
         counters.arrived += 1
         counters.prompt_tokens += request.prompt_tokens
@@ -273,9 +284,7 @@ class Fleet:
             pod.first_tokens.clear()
         if pod.finished:
             for request in pod.finished:
-                pod.counters[request.service_class].judged(
-                    met=self.is_met(request), ttft_s=request.ttft_s, tpot_s=request.tpot_s
-                )
+                pod.counters[request.service_class].judged(request, met=self.is_met(request))
             self.finished += pod.finished
             pod.finished.clear()
         if pod.stopping and not pod.outstanding:
@@ -295,6 +304,9 @@ class Fleet:
         self._at(self.now_s + self.controller.period_s, self._tick)
 
     def _follow(self, orders: Orders) -> None:
+        if orders.out_of_traffic is not None and orders.out_of_traffic != self._out:
+            self._out = orders.out_of_traffic
+            self._route()
         if orders.replicas is not None:
             self.ordered = orders.replicas
         self._scale()
@@ -383,7 +395,8 @@ class Fleet:
         missed = self._missed_polls.get(pod.name, 0)
         ready = pod.ready(self.now_s)
         if missed and ready and pod.name in self._views:
-            return replace(self._views[pod.name], stale=missed >= self.policy.loop.missed_polls)
+            stale = missed >= self.policy.loop.missed_polls
+            return replace(self._views[pod.name], stale=stale, serving=pod.name not in self._out)
         view = self._fresh_view(pod, ready)
         self._views[pod.name] = view
         return view
@@ -395,6 +408,7 @@ class Fleet:
             created_s=pod.created_s,
             ready=ready,
             ready_s=pod.ready_s if ready else None,
+            serving=pod.name not in self._out,
             deleting=pod.stopping,
             stale=not ready or self._missed_polls.get(pod.name, 0) > 0,
             held=pod.held,
