@@ -80,9 +80,17 @@ class GatedPoints:
         settings = self._calibration.settings
         compensation = {"trajectory": settings.compensation, "rank": settings.rank} if settings.compensation else None
         return Finished(
-            [_measured_point(permille, measured[permille], measured[1000], self._run.texts) for permille in kept],
+            [
+                _measured_point(permille, measured[permille], measured[1000], self._run.texts, distinct=self._filtered)
+                for permille in kept
+            ],
             recipe.manifest_entry(features=["x"], allocation=settings.allocation, compensation=compensation),
         )
+
+    @property
+    def _filtered(self) -> bool:
+        """Points that were asked for by name stay whether they are distinct or not."""
+        return self._run.request.points_permille is None
 
     @cached_property
     def _gates(self) -> list[GateWeights]:
@@ -172,7 +180,7 @@ class GatedPoints:
         realised = np.array([_cost(permille, measured[permille]) for permille in order])
         domains = [sequence.domain for sequence in self._run.texts.evaluation]
         chain = list(range(len(order)))
-        if self._run.request.points_permille is None:
+        if self._filtered:
             resampling = Resampling(domains)
             chain = hull(realised, np.array([resampling.mean(values).value for values in kl]))
             candidates = Candidates(np.array(order) / 1000, realised, kl).take(chain)
@@ -192,7 +200,7 @@ def _cost(permille: int, measured: Output) -> float:
     return 1.0 if permille == 1000 else float(measured.facts["realised"])
 
 
-def _measured_point(permille: int, measured: Output, full: Output, texts: Texts) -> MeasuredPoint:
+def _measured_point(permille: int, measured: Output, full: Output, texts: Texts, *, distinct: bool) -> MeasuredPoint:
     domains = [sequence.domain for sequence in texts.evaluation]
     kl = measured.tensors["kl"].tolist()
     mean, standard_error, _ = clustered_mean(kl, domains)
@@ -216,4 +224,5 @@ def _measured_point(permille: int, measured: Output, full: Output, texts: Texts)
         same_top1=clustered_mean(tensors["same_top1"].tolist(), domains)[0],
         realised_permille=min(1000, round(1000 * _cost(permille, measured))),
         ce_delta=clustered_mean(rise.tolist(), domains)[0],
+        distinct=distinct or None,
     )
