@@ -399,6 +399,7 @@ class Networking(Document):
 
 class Mode(StrEnum):
     ACTIVE = "Active"
+    ADVISORY = "Advisory"
     PAUSED = "Paused"
 
 
@@ -430,7 +431,9 @@ class PrismServiceSpec(Document):
     mode: Mode = Field(
         Mode.ACTIVE,
         validate_default=True,
-        description="`Active` decides and acts; `Paused` holds points and replicas and still repairs what it owns.",
+        description="`Active` decides and acts. `Advisory` runs every class at `full`, leaves the replicas as they "
+        "are, and publishes what it would do in status.recommendation. `Paused` holds points and replicas. All of them "
+        "repair what the operator owns.",
     )
     replicas: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None, description="Replica count of the /scale subresource; only when scaling.control is External or Fixed."

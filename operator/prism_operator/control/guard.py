@@ -9,7 +9,7 @@ from decimal import Decimal
 from prism_api.control import Directive, Fence
 from prism_api.model import PrismModelSpec
 from prism_api.points import Ladder
-from prism_api.service import BudgetControl, OnCap, PrismServiceSpec, ScalingControl, ServiceClass, Switch
+from prism_api.service import BudgetControl, Mode, OnCap, PrismServiceSpec, ScalingControl, ServiceClass, Switch
 
 
 def directive_violation(
@@ -45,7 +45,8 @@ def directive_violation(
                 f"class '{target.name}': floor '{target.floor}' is below '{ladder.points[lowest].name}', "
                 f"the lowest point that keeps minRelativeQuality {by_name[target.name].quality.min_relative_quality}"
             )
-        if spec.budget.control is not BudgetControl.OFF and ceiling > ladder.index(spec.budget.max):
+        unbounded = spec.budget.control is BudgetControl.OFF or spec.mode is Mode.ADVISORY
+        if not unbounded and ceiling > ladder.index(spec.budget.max):
             return f"class '{target.name}': ceiling '{target.ceiling}' is above `budget.max` '{spec.budget.max}'"
     return None
 

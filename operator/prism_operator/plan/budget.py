@@ -66,6 +66,8 @@ def decide(
     if (fixed := _unsteered(observation, policy, state)) is not None:
         return fixed
     pressure = measure(observation, demand, policy, state)
+    if policy.advisory:
+        return _advised(observation, policy, state, pressure)
     return _steer(observation, policy, state, pressure, before, lifts)
 
 
@@ -147,6 +149,22 @@ def _unsteered(
     state = _moved(policy, state, points, observation.now_s, Reason.STEADY)
     verdicts = {name: Verdict(point, status, reason, text) for name, point in points.items()}
     return assemble(observation, policy, state, verdicts, pinned=reason is not Reason.SIGNALS_STALE), state
+
+
+def _advised(
+    observation: Observation, policy: ServicePolicy, state: BudgetState, pressure: Pressure
+) -> tuple[BudgetPlan, BudgetState]:
+    """Every class at `full`, and what the load at this moment would have them do: without memory, for nothing moves."""
+    tops = dict.fromkeys(state.classes, policy.max_point)
+    why_down = _why_down(policy, pressure, tops)
+    advised = tops if why_down is None else _lowered(policy, pressure, tops)
+    verdicts = {}
+    for name, point in advised.items():
+        text = f"mode is Advisory; would run at '{point}': {why_down or calm(pressure, name)}"
+        verdicts[name] = Verdict(FULL, Status.HOLD, Reason.ADVISORY, text)
+    state = _moved(policy, state, tops, observation.now_s, Reason.STEADY)
+    plan = assemble(observation, policy, state, verdicts, pressure, pinned=True)
+    return replace(plan, advised=advised), state
 
 
 def _steer(

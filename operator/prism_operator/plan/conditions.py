@@ -213,6 +213,9 @@ def _convergence(view: View, policy: ServicePolicy) -> Fact:
 def _scaling_active(view: View, policy: ServicePolicy) -> Fact:
     if policy.paused:
         return Fact("ScalingActive", "False", "Paused", "mode is Paused; set it to Active to scale again.")
+    if policy.advisory:
+        text = "mode is Advisory: status.recommendation says what would be done; set it to Active to do it."
+        return Fact("ScalingActive", "False", "Advisory", text)
     texts = {
         ScalingControl.MANAGED: "The operator decides the replica count.",
         ScalingControl.EXTERNAL: "The owner of /scale decides the replica count.",

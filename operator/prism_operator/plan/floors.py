@@ -55,7 +55,7 @@ def lifted(
     observation: Observation, policy: ServicePolicy, state: BudgetState
 ) -> tuple[ServicePolicy, Mapping[str, Lift]]:
     """The policy with the floors that hold for now, and why those that were lifted were."""
-    if policy.budget is not BudgetControl.AUTO or policy.paused:
+    if policy.budget is not BudgetControl.AUTO or policy.paused or policy.advisory:
         return policy, {}
     capped = _capped(observation, policy)
     lifts: dict[str, Lift] = {}
@@ -87,5 +87,7 @@ def _degraded_share(
     observation: Observation, policy: ServicePolicy, class_policy: ClassPolicy, remembered: ClassBudgetState
 ) -> float:
     """Share of the ready pods that run the class below its top; a pod that does not say follows the plan."""
+    ladder = policy.ladder
     held = [pod.points.get(class_policy.name, remembered.point) for pod in observation.ready]
-    return sum(point != policy.max_point for point in held) / len(held) if held else 0.0
+    lower = sum(point in ladder and ladder.index(point) < ladder.index(policy.max_point) for point in held)
+    return lower / len(held) if held else 0.0

@@ -152,6 +152,7 @@ def _policy(spec: PrismServiceSpec, model: PrismModelSpec, ladder: Ladder, loop:
         max_point=FULL if budget.control is BudgetControl.OFF else budget.max,
         safe_point=budget.safe_point,
         paused=spec.mode is Mode.PAUSED,
+        advisory=spec.mode is Mode.ADVISORY,
         scaling=scaling.control,
         min_replicas=scaling.min_replicas,
         max_replicas=scaling.max_replicas,

@@ -41,4 +41,5 @@ class Reason(StrEnum):
     ROLLOUT = "Rollout"
     POD_LOST = "PodLost"
     PAUSED = "Paused"
+    ADVISORY = "Advisory"
     EXTERNAL = "External"

@@ -166,13 +166,14 @@ class _Tick:
 
 
 def _owned_elsewhere(tick: _Tick) -> ReplicaPlan | None:
-    """Paused, External and Fixed: the count is given; the recommendation is only published."""
+    """Paused, Advisory, External and Fixed: the count is given; the recommendation is only published."""
     policy, ordered = tick.policy, tick.observation.ordered_replicas
     if policy.scaling is ScalingControl.MANAGED:
-        if not policy.paused:
+        if not (policy.paused or policy.advisory):
             return None
         held = max(1, policy.min_replicas) if ordered is None else ordered
-        return tick.plan(Status.HOLD, Reason.PAUSED, held, "mode is Paused; this would be planned")
+        mode = Reason.PAUSED if policy.paused else Reason.ADVISORY
+        return tick.plan(Status.HOLD, mode, held, f"mode is {mode}; this would be planned")
     assert policy.spec_replicas is not None, "External and Fixed without spec.replicas are refused by the CRD"
     reason = Reason.EXTERNAL if policy.scaling is ScalingControl.EXTERNAL else Reason.PINNED
     status = Status.HOLD if policy.spec_replicas == ordered else Status.PROGRESS

@@ -225,7 +225,10 @@ def _recommendation(inputs: Inputs, policy: ServicePolicy | None) -> Recommendat
     lowered = any(target.point != policy.max_point for target in budget_plan.classes)
     return Recommendation(
         replicas=replica_plan.recommended,
-        points=[RecommendedPoint(class_name=target.name, point=target.point) for target in budget_plan.classes],
+        points=[
+            RecommendedPoint(class_name=target.name, point=budget_plan.advised.get(target.name, target.point))
+            for target in budget_plan.classes
+        ],
         reason=(budget_plan if lowered else replica_plan).reason.value,
     )
 

@@ -15,6 +15,7 @@ from prism_api.points import Ladder
 from prism_api.profile import Profile
 from prism_api.service import Brownout, BudgetControl, OnCap, ScalingControl, Schedule
 from prism_operator.plan.forecast import ForecastState
+from prism_operator.plan.loop_settings import LoopSettings
 from prism_operator.plan.reasons import Reason, Status
 
 
@@ -119,46 +120,6 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True)
-class LoopSettings:
-    """Periods, windows and thresholds of the two loops. Defaults suit pods that start in a minute or two."""
-
-    fast_period_s: float = 1.0
-    slow_period_s: float = 30.0
-    short_window_s: float = 6.0
-    """Rates and latencies of the fast loop; Knative's panic window."""
-    burst_window_s: float = 2.0
-    """Arrivals that exceed the long window's rate beyond chance within so short a time are a burst."""
-    long_window_s: float = 60.0
-    """Rates of the slow loop and mean lengths; Knative's stable window."""
-    enough_arrivals: int = 20
-    """Below this count a window is widened to the next one: the relative error of n arrivals is 1/sqrt(n)."""
-    high: float = 0.60
-    """Saturation above which the budget sinks; a healthy 90 % quantile lies at 0.2 to 0.45 of the objective."""
-    low: float = 0.40
-    clamp: float = 2.0
-    """Latency beyond twice the objective says no more than twice does, and would poison averages."""
-    restore_margin: float = 0.05
-    """A step up must be predicted to stay this far below `high`."""
-    rate_margin: float = 0.05
-    """Share of offered load that ready capacity must have to spare in the fast loop."""
-    restore_rate_margin: float = 0.15
-    """The same for a step up: so much more that a load which varies by 10 % does not flap between two points."""
-    calibration_s: float = 120.0
-    """Time constant of the correction of a profile that does not agree with what is observed."""
-    missed_polls: int = 3
-    pod_ready_s: float = 120.0
-    """Assumed creation-to-Ready time until one was measured."""
-    stuck_factor: float = 2.0
-    """A pod that starts for longer than this many pod-ready times gets no credit and is reported."""
-    down_period_s: float = 120.0
-    """Least time between two scale-downs, of one pod each."""
-    rehearsal_s: float = 0.0
-    """How long a pod is out of traffic before it is removed; 0: scale-downs are not rehearsed."""
-    target_saturation: float = 0.55
-    """What the slow loop aims at while there is no profile (the law of llm-d's KEDA guide)."""
-
-
-@dataclass(frozen=True, slots=True)
 class ClassPolicy:
     """One class with everything resolved; at least one objective is set."""
 
@@ -198,6 +159,8 @@ class ServicePolicy:
     max_per_hour: Decimal | None
     effective: EffectiveSettings
     loop: LoopSettings
+    advisory: bool = False
+    """Plan and publish, act on nothing."""
     brownout: Brownout = Brownout.LOWEST_PRIORITY_FIRST
     target_per_hour: Decimal | None = None
     on_cap: OnCap = OnCap.DEGRADE_THEN_SHED
@@ -342,6 +305,8 @@ class BudgetPlan:
     """Demand fits ready capacity at these points; None if demand or capacity is unknown."""
     inputs: Mapping[str, float] = field(default_factory=dict)
     """The figures that were decided on."""
+    advised: Mapping[str, str] = field(default_factory=dict)
+    """In advisory mode: class -> the point that it would run at."""
 
     def by_name(self, name: str) -> ClassTarget:
         return next(target for target in self.classes if target.name == name)

@@ -85,3 +85,7 @@ def test_schedules_widen_what_may_be_ordered_and_a_cap_that_only_alerts_does_not
     assert [replicas_violation(n, spec) is None for n in (0, 1, 5, 6)] == [False, True, True, False]
     alert = service_spec(cost={"maxPerHour": "5", "onCap": "Alert"})
     assert replicas_violation(3, alert) is None
+
+
+def test_advice_runs_every_class_at_full_whatever_the_highest_point():
+    assert violation(spec=service_spec(mode="Advisory", budget={"max": "b750"})) is None
