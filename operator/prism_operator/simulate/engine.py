@@ -145,6 +145,8 @@ class SimPod:
     """Counts changes of `wake_s`: an event of an older version is void."""
     _ordered: dict[str, str] = field(default_factory=dict)
     """Points from the next step on."""
+    _costs: dict[str, PointCost] = field(default_factory=dict)
+    """Of each class at its point in `points`."""
     _ends: list[tuple[int, int, SimRequest]] = field(default_factory=list)
     """Heap of (step after which it ends, order of joining, request)."""
     _joined: dict[int, tuple[int, float]] = field(default_factory=dict)
@@ -160,6 +162,7 @@ class SimPod:
 
     def __post_init__(self) -> None:
         self._ordered = self.points
+        self._take_points()
         for name in self.model.classes:
             self.counters[name] = Counters()
             self._active[name] = 0
@@ -189,7 +192,7 @@ class SimPod:
         With room in the cache: the step in progress, the prompts ahead and its own. Without: until as many sequences
         have ended as wait, and one more; a predictor does not know when each one ends, so their ends are Poisson.
         """
-        cost = self.model.points[self.points[request.service_class]]
+        cost = self._costs[request.service_class]
         ahead = sum(waiting.prompt_tokens - waiting.prefilled for waiting in self.waiting)
         prefill_s = cost.base_s + cost.prefill_s + cost.prefill_token_s * (ahead + request.prompt_tokens)
         run = self._run
@@ -216,13 +219,13 @@ class SimPod:
     def set_points(self, points: Mapping[str, str], now_s: float) -> bool:
         """Take new points from the next step on; True if `wake_s` changed."""
         ordered = {**self.points, **points}
-        if self._run is None:
-            self.points = self._ordered = ordered
-            return False
         if ordered == self._ordered:
             return False
         self._ordered = ordered
-        return self._cut(now_s)
+        if self._run is not None:
+            return self._cut(now_s)
+        self._take_points()
+        return False
 
     def settle(self, now_s: float) -> None:
         """Count the steps that have ended by `now_s`, so that counters are true at that time."""
@@ -269,25 +272,26 @@ class SimPod:
         self.version += 1
         return True
 
+    def _take_points(self) -> None:
+        self.points = self._ordered
+        self._costs = {name: self.model.points[point] for name, point in self.points.items()}
+
     def _begin(self, now_s: float) -> None:
         self.version += 1
-        self.points = self._ordered
+        if self.points is not self._ordered:
+            self._take_points()
         prefill, kv_left = self._prefill()
         if not prefill and not self._ends:
             self._run = None
             return
-        costs = {name: self.model.points[self.points[name]] for name in self.model.classes}
-        base = growth = 0.0
+        costs = self._costs
+        base = growth = variable = 0.0
         for name, active in self._active.items():
             if active:
                 cost = costs[name]
                 base = max(base, cost.base_s)
                 growth += cost.token_s * active
-        variable = sum(
-            costs[name].sequence_s * active + costs[name].token_s * self._context[name]
-            for name, active in self._active.items()
-            if active
-        )
+                variable += cost.sequence_s * active + cost.token_s * self._context[name]
         for request, tokens in prefill:
             cost = costs[request.service_class]
             base = max(base, cost.base_s)
@@ -351,7 +355,7 @@ class SimPod:
         self.busy_s += lasted_s
         self.steps += done
         for name, active in self._active.items():
-            cost = self.model.points[self.points[name]]
+            cost = self._costs[name]
             self._quality[name] += done * cost.quality
             if active:
                 self._context[name] += done * active
@@ -371,7 +375,7 @@ class SimPod:
         name = request.service_class
         whole = request.prompt_tokens + request.produced
         self._partial -= whole
-        cost = self.model.points[self.points[name]]
+        cost = self._costs[name]
         request.produced += 1
         request.quality += cost.quality
         self.counters[name].produced(cost.name, 1)
