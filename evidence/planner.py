@@ -9,6 +9,7 @@ Simulated figures are as good as the profiles, which are estimates (see their pr
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -121,9 +122,10 @@ def study_of(episode: Episode) -> Study:
 Row = dict[str, Any]
 
 
-def cells_of(episode: Episode) -> list[Row]:
+def cells_of(episode: Episode, most_s: float) -> list[Row]:
     """Every policy on one episode over all seeds: one row of the Pareto table each, the unfavourable ones too."""
-    results = run(study_of(episode), BASELINES, PARETO_SEEDS)
+    reading = replace(episode.reading, span_s=min(episode.reading.span_s, most_s))
+    results = run(study_of(replace(episode, reading=reading)), BASELINES, PARETO_SEEDS)
     print(f"\n{episode.name}\n{report.table(results)}", flush=True)
     better = dominating(results.scores)
     return [
@@ -139,16 +141,17 @@ def cells_of(episode: Episode) -> list[Row]:
             "floor_violations": sum(one.floor_violations for one in runs),
             "point_flaps": sum(one.point_flaps for one in runs),
             "replica_flaps": sum(one.replica_flaps for one in runs),
+            "seconds": round(statistics.fmean(one.seconds for one in runs)),
             "seeds": list(PARETO_SEEDS),
         }
         for name, runs in results.scores.items()
     ]
 
 
-def take_cells(names: Sequence[str]) -> None:
+def take_cells(names: Sequence[str], most_s: float) -> None:
     """Play these episodes and put their rows into the file, each at once, so that an interruption loses little."""
     for episode in (one for one in EPISODES if one.name in names):
-        taken = {episode.name: cells_of(episode)}
+        taken = {episode.name: cells_of(episode, most_s)}
         known: list[Row] = json.loads(CELLS.read_text()) if CELLS.exists() else []
         for row in known:
             if row["trace"] != episode.name:
@@ -275,9 +278,12 @@ def main() -> int:
         metavar="TRACE",
         help=f"the Pareto table alone, of these: {', '.join(traces)}",
     )
+    parser.add_argument(
+        "--most-seconds", type=float, default=math.inf, help="play no more than this of each trace (default: all)"
+    )
     arguments = parser.parse_args()
     if arguments.table is not None or not arguments.only:
-        take_cells(arguments.table or traces)
+        take_cells(arguments.table or traces, arguments.most_seconds)
     for name in COLLECTORS if arguments.table is None else ():
         if name not in (arguments.only or COLLECTORS):
             continue
