@@ -1,4 +1,4 @@
-"""What a replay should show before it is run: the planner itself, on a simulated fleet of paced pods (tests/sim).
+"""What a replay should show before it is run: the planner itself, on a simulated fleet of paced pods.
 
 Used to choose the shipped slices (`python -m examples.demo.trace choose`), and to tell what is expected of one
 (`describe`). The simulation sends each request to the pod with the least outstanding ones and has no governor in its
@@ -20,7 +20,8 @@ from prism_operator.plan import capacity
 from prism_operator.plan.demand import Lengths
 from prism_operator.plan.policy import resolve
 from prism_operator.plan.types import LoopSettings, ServicePolicy
-from tests.sim.fleet import Fleet, SimRequest
+from prism_operator.simulate.fleet import Fleet
+from prism_operator.simulate.workload import SimRequest
 
 SHIPPED_PROFILES = Path(__file__).parents[2] / "runtime" / "prism_runtime" / "profiles"
 POD_READY_S = 20.0
