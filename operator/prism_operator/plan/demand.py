@@ -60,7 +60,8 @@ def update(state: DemandState, observation: Observation, policy: ServicePolicy) 
         if delta is not None:
             # Counters are cumulative: after a silence the difference covers all of it.
             start_s = history[-1].end_s if history else state.last_s
-            history = (*history, Sample(start_s, now_s, heard or 1.0, delta))
+            kept = replace(delta, in_out=()) if delta.in_out else delta  # the cells have them
+            history = (*history, Sample(start_s, now_s, heard or 1.0, kept))
         keep_s = max(class_policy.window_s, WIDEST_LONG_WINDOWS * policy.loop.long_window_s)
         samples[name] = _compact(history, now_s - keep_s, now_s - policy.loop.long_window_s)
     due = now_s // COARSE_S > state.last_s // COARSE_S
