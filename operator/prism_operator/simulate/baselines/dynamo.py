@@ -33,11 +33,14 @@ class Dynamo:
         self.ttft_s, self.tpot_s = ttft_s or math.inf, tpot_s or math.inf
         self.capacity_per_s, self.prefill_token_s = capacity_per_s, prefill_token_s
         self.least, self.most = least, most
-        self._floor = least
+        self._floor: int | None = None
+        """Of the throughput loop; what it finds until it has seen a whole window."""
         self._offered, self._since_s = 0, 0.0
 
     def decide(self, signals: Signals) -> Orders:
         self._offered += signals.offered
+        if self._floor is None:
+            self._floor = signals.provisioned
         if signals.now_s - self._since_s >= self.throughput_s:
             rate = self._offered / (signals.now_s - self._since_s)
             self._floor = math.ceil(rate / self.capacity_per_s)

@@ -34,9 +34,17 @@ class RateLimit:
         self.behavior, self.least, self.most = behavior, least, most
         self._up, self._down = Window(behavior.up_window_s), Window(behavior.down_window_s)
         self._ups, self._downs = Window(behavior.up_period_s), Window(behavior.down_period_s)
+        self._started = False
 
     def limit(self, now_s: float, current: int, wanted: int) -> int:
-        """What may be ordered now; remembers the recommendation and the change."""
+        """What may be ordered now; remembers the recommendation and the change.
+
+        The first window begins with the current count, so that a fresh autoscaler does not shrink what it finds.
+        """
+        if not self._started:
+            self._started = True
+            self._up.add(now_s, current)
+            self._down.add(now_s, current)
         self._up.add(now_s, wanted)
         self._down.add(now_s, wanted)
         lowest, highest = int(self._up.minimum(wanted)), int(self._down.maximum(wanted))
