@@ -7,10 +7,12 @@ import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, NoReturn
 
 PREFIX = "PRISM_OPERATOR_"
 NAMESPACE_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
+AMOUNT_PATTERN = re.compile(r"^[0-9]{1,9}(\.[0-9]{1,6})?$")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 DESCRIPTION = """\
@@ -36,6 +38,9 @@ class Settings:
     """Namespaces to serve; empty: all."""
     fast_loop_s: float
     slow_loop_s: float
+    fleet_max_per_hour: Decimal | None
+    """What the replicas of all services may cost together; None: no such cap."""
+    fleet_max_accelerators: int | None
     listen: str
     metrics_port: int
     health_port: int
@@ -67,6 +72,20 @@ def between(low: float, high: float, kind: type[int] | type[float]) -> Callable[
     return parse
 
 
+def amount(text: str) -> Decimal | None:
+    """An amount of money, None if empty."""
+    if not text:
+        return None
+    if not AMOUNT_PATTERN.match(text):
+        raise ValueError("must be an amount like 250 or 99.50")
+    return Decimal(text)
+
+
+def count(text: str) -> int | None:
+    """A number of things, None if empty."""
+    return None if not text else int(between(0, 1_000_000, int)(text))
+
+
 def level(text: str) -> str:
     if text.upper() not in LOG_LEVELS:
         raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}")
@@ -89,6 +108,8 @@ _OPTIONS = (
     _Option("--watch-namespaces", f"{PREFIX}WATCH_NAMESPACES", "", namespaces, "comma list; empty: all namespaces"),
     _Option("--fast-loop-seconds", f"{PREFIX}FAST_LOOP_SECONDS", "1", between(0.2, 10, float), "period of the budget"),
     _Option("--slow-loop-seconds", f"{PREFIX}SLOW_LOOP_SECONDS", "30", between(1, 600, float), "period of replicas"),
+    _Option("--fleet-max-per-hour", f"{PREFIX}FLEET_MAX_PER_HOUR", "", amount, "cost cap over all services"),
+    _Option("--fleet-max-accelerators", f"{PREFIX}FLEET_MAX_ACCELERATORS", "", count, "accelerator cap, likewise"),
     _Option("--listen", "POD_IP", "127.0.0.1", str, "address of the two ports below"),
     _Option("--metrics-port", f"{PREFIX}METRICS_PORT", "9090", _port, "/metrics; 0: any free port"),
     _Option("--health-port", f"{PREFIX}HEALTH_PORT", "8080", _port, "/healthz and /readyz; 0: any free port"),
@@ -125,6 +146,8 @@ def from_arguments(arguments: argparse.Namespace, environ: Mapping[str, str] = o
         watch_namespaces=values["watch_namespaces"],
         fast_loop_s=values["fast_loop_seconds"],
         slow_loop_s=values["slow_loop_seconds"],
+        fleet_max_per_hour=values["fleet_max_per_hour"],
+        fleet_max_accelerators=values["fleet_max_accelerators"],
         listen=values["listen"],
         metrics_port=values["metrics_port"],
         health_port=values["health_port"],

@@ -6,6 +6,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from prism_operator.control import exposition
+from prism_operator.control.arbitration import Arbitration
 from prism_operator.control.certificates import Certificates
 from prism_operator.control.channel import Channel
 from prism_operator.control.crds import OldCrd, await_crds
@@ -23,6 +24,7 @@ from prism_operator.control.status_writer import StatusWriter
 from prism_operator.control.tenants import Tenants
 from prism_operator.control.world import ServiceKey, World
 from prism_operator.plan.children import ChildSettings
+from prism_operator.plan.fleet import Caps
 from prism_operator.plan.types import LoopSettings
 from prism_operator.settings import Settings
 
@@ -69,6 +71,8 @@ class Operator:
             LoopSettings(fast_period_s=settings.fast_loop_s, slow_period_s=settings.slow_loop_s),
             ChildSettings(operator_namespace=settings.namespace),
         )
+        caps = Caps(settings.fleet_max_per_hour, settings.fleet_max_accelerators)
+        self._arbitration = Arbitration(self._world, caps, self._leadership, self._events)
         self._queue: KeyedQueue[Key] = KeyedQueue(self._visit)
         self._exposition = exposition.Exposition(lambda: self._started, lambda: self.failure)
         self._started = False
@@ -123,6 +127,7 @@ class Operator:
         await self._certificates.load_authority()
         self._renew_client_leaf()
         self._spawn(self._keep_client_leaf(), "client certificate")
+        self._spawn(self._arbitration.run(), "arbitration")
         self._queue.resume()
 
     def _renew_client_leaf(self) -> None:

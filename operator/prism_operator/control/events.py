@@ -23,6 +23,7 @@ WARNINGS = frozenset(
         "SignalsStale",
         "CapacityExhausted",
         "CostCapReached",
+        "FleetQuotaReached",
         "QualityBudgetSpent",
         "DirectiveRejected",
         "EnvelopeExpired",

@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prism_api.control import Directive, EnvelopeState, ServiceReference
 from prism_operator import metrics
@@ -136,6 +136,7 @@ class ServiceLoop:
             return
         started_s = self._clock()
         self._slow_due_s = started_s + policy.loop.slow_period_s
+        policy = replace(policy, granted_replicas=service.granted_replicas)
         plan, service.replicas = replicas.decide(observation, service.demand, policy, service.replicas)
         service.replica_plan = plan
         self._order(plan, observation.ordered_replicas)

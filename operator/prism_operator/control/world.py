@@ -87,6 +87,8 @@ class ServiceWorld:
     """Newest first; the first ones are those of the status that was found."""
     switched_unix_s: float | None = None
     """When an operating point was last changed by this process."""
+    granted_replicas: int | None = None
+    """Most replicas that the arbitration between services grants; None while it limits nothing."""
     woken_unix_s: float | None = None
     """When somebody last asked for the service while it slept at zero replicas."""
     problems: dict[str, Unusable] = field(default_factory=dict)

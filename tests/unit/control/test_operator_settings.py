@@ -1,4 +1,5 @@
 import argparse
+from decimal import Decimal
 
 import pytest
 
@@ -30,6 +31,14 @@ def test_the_environment_of_the_chart_is_understood_and_a_flag_wins():
     assert found.watch_namespaces == ("team-a", "team-b")
     assert (found.namespace, found.listen, found.slow_loop_s, found.log_level) == ("prism", "10.1.2.3", 7.0, "DEBUG")
     assert found.identity.startswith("prism-operator-0_")
+
+
+def test_caps_of_the_fleet_are_optional_and_exact():
+    assert (settings().fleet_max_per_hour, settings().fleet_max_accelerators) == (None, None)
+    found = settings("--fleet-max-per-hour", "99.50", PRISM_OPERATOR_FLEET_MAX_ACCELERATORS="64")
+    assert (found.fleet_max_per_hour, found.fleet_max_accelerators) == (Decimal("99.50"), 64)
+    with pytest.raises(SettingsError, match="must be an amount like 250 or"):
+        settings("--fleet-max-per-hour", "much")
 
 
 def test_an_empty_variable_counts_as_not_set():

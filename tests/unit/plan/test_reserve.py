@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from prism_operator.plan import need, rehearsal, replicas
+from prism_operator.plan import demand, need, rehearsal, replicas
 from prism_operator.plan.forecast import SCORED, ForecastState
 from prism_operator.plan.need import Ask
-from prism_operator.plan.types import Reason, ReplicaPlan, ReplicaState, Status
-from tests.unit.plan.factories import demand_of, load, observation, pod, service_policy
+from prism_operator.plan.types import Reason, Rehearsal, ReplicaPlan, ReplicaState, Status
+from tests.unit.plan.factories import delta, demand_of, load, observation, pod, service_policy
 
 NAME, NOW_S, READY_S = "interactive", 1000.0, 120.0
 FULL_HISTORY = ReplicaState(since_s=0.0)
@@ -201,6 +201,16 @@ class TestRehearsal:
         assert "failed less than 600 s ago" in plan.rejected
         plan, state = self._tick(state, NOW_S + 660)
         assert len(plan.out_of_traffic) == 1
+
+    def test_missed_objectives_fail_a_rehearsal_even_where_latencies_look_calm(self) -> None:
+        seen = replace(delta(100), met=90, missed=10)
+        policy = self._policy()
+        history = replace(demand_of(policy, 3, NOW_S), since_s=0.0)
+        history = demand.update(history, observation(NOW_S + 1, 3, classes={"interactive": seen}), policy)
+        begun = Rehearsal("uid-pod-0", "pod-0", NOW_S - 30)
+        text = rehearsal.failure(observation(NOW_S + 1, 3), history, policy, begun, {"interactive": "full"})
+        assert text is not None
+        assert "attainment of 'interactive' fell to" in text
 
     def test_no_rehearsal_in_a_fleet_that_is_not_whole(self) -> None:
         policy = self._policy()
