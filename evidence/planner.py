@@ -40,6 +40,8 @@ TRACES = Path(__file__).parents[1] / "examples" / "traces"
 COMMAND = "python -m evidence.planner"
 RAMP_SEEDS, PARETO_SEEDS, TICK_SEEDS = tuple(range(10)), tuple(range(5)), (42, 43, 44)
 SPEED_UPS = (1.2, 1.5, 2.0)
+HEADROOM, DEFAULT_HEADROOM = "0.40", "0.10"
+"""Prism's on the ramp: with 0.40 it uses about what the law uses, so that the two compare at equal cost."""
 TRACE_SPEED_UP = 1.5
 """H of the knob on the traces."""
 
@@ -74,16 +76,17 @@ EPISODES = (
 """Each rate is thinned or doubled so that a handful of replicas holds the mean; `initial` replicas are ready."""
 
 
-def ramp_policy() -> ServicePolicy:
-    resolved = resolve(ramp.service(), ramp.model(), LoopSettings())
+def ramp_policy(headroom: str = DEFAULT_HEADROOM) -> ServicePolicy:
+    scaling = {"minReplicas": ramp.LEAST, "maxReplicas": ramp.MOST, "headroom": headroom}
+    resolved = resolve(ramp.service(scaling=scaling), ramp.model(), LoopSettings())
     assert isinstance(resolved, ServicePolicy), str(resolved)
     return resolved
 
 
 @cache
-def ramp_run(speed_up: float, law: bool, seed: int) -> Score:
+def ramp_run(speed_up: float, law: bool, seed: int, headroom: str = HEADROOM) -> Score:
     """One episode of llm-d's ramp, under its law or under Prism with a knob of `speed_up`."""
-    policy = ramp_policy()
+    policy = ramp_policy(headroom)
     controller: Controller = Prism(policy)
     if law:
         controller = KedaSlo(ramp.TTFT_MS / 1000, ramp.TPOT_MS / 1000, ramp.LEAST, ramp.MOST)
@@ -181,9 +184,9 @@ def _law(value: Callable[[Score], float]) -> Callable[[], Sequence[float | None]
 
 
 def _prism(
-    value: Callable[[Score], float | None], speed_up: float = SPEED_UPS[0]
+    value: Callable[[Score], float | None], speed_up: float = SPEED_UPS[0], headroom: str = HEADROOM
 ) -> Callable[[], Sequence[float | None]]:
-    return lambda: [value(ramp_run(speed_up, False, seed)) for seed in RAMP_SEEDS]
+    return lambda: [value(ramp_run(speed_up, False, seed, headroom)) for seed in RAMP_SEEDS]
 
 
 def times_real_time() -> list[float]:
@@ -219,23 +222,26 @@ class Collector:
 
 
 RAMP_HOW = f"{COMMAND}: llm-d's published ramp, simulated, profile {ramp.PROFILE} (an estimate)"
+MEASURES: tuple[tuple[str, str, Callable[[Score], float | None]], ...] = (
+    ("attainment", "share", lambda one: one.attainment),
+    ("replicas", "replicas", lambda one: one.mean_replicas),
+    ("relative_quality", "share", lambda one: one.relative_quality),
+)
 COLLECTORS = {
-    "llmd.law.attainment": Collector("share", RAMP_HOW, _law(lambda s: s.attainment), RAMP_SEEDS),
-    "llmd.law.replicas": Collector("replicas", RAMP_HOW, _law(lambda s: s.mean_replicas), RAMP_SEEDS),
-    "llmd.prism.attainment": Collector("share", f"{RAMP_HOW}, H = 1.2", _prism(lambda s: s.attainment), RAMP_SEEDS),
-    "llmd.prism.replicas": Collector("replicas", f"{RAMP_HOW}, H = 1.2", _prism(lambda s: s.mean_replicas), RAMP_SEEDS),
-    "llmd.prism.relative_quality": Collector(
-        "share", f"{RAMP_HOW}, H = 1.2", _prism(lambda s: s.relative_quality), RAMP_SEEDS
-    ),
+    "llmd.law.attainment": Collector("share", RAMP_HOW, _law(lambda one: one.attainment), RAMP_SEEDS),
+    "llmd.law.replicas": Collector("replicas", RAMP_HOW, _law(lambda one: one.mean_replicas), RAMP_SEEDS),
 }
-for _speed_up in SPEED_UPS[1:]:
-    for _name, _unit, _value in (
-        ("attainment", "share", lambda s: s.attainment),
-        ("replicas", "replicas", lambda s: s.mean_replicas),
-        ("relative_quality", "share", lambda s: s.relative_quality),
-    ):
-        COLLECTORS[f"llmd.prism.h{_speed_up:g}.{_name}"] = Collector(
-            _unit, f"{RAMP_HOW}, H = {_speed_up:g}", _prism(_value, _speed_up), RAMP_SEEDS
+for _prefix, _speed_up, _headroom in (
+    ("llmd.prism", SPEED_UPS[0], HEADROOM),
+    *((f"llmd.prism.h{_h:g}", _h, HEADROOM) for _h in SPEED_UPS[1:]),
+    *((f"llmd.prism.h{_h:g}.default_headroom", _h, DEFAULT_HEADROOM) for _h in SPEED_UPS),
+):
+    for _name, _unit, _value in MEASURES:
+        COLLECTORS[f"{_prefix}.{_name}"] = Collector(
+            _unit,
+            f"{RAMP_HOW}, H = {_speed_up:g}, scaling.headroom {_headroom}",
+            _prism(_value, _speed_up, _headroom),
+            RAMP_SEEDS,
         )
 PARETO_HOW = f"{COMMAND}: {len(EPISODES)} traces, {len(BASELINES)} baselines; every cell in {CELLS.name}"
 COLLECTORS |= {
