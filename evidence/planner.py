@@ -38,7 +38,7 @@ OUT = Path(__file__).with_name("planner.json")
 CELLS = Path(__file__).with_name("planner_pareto.json")
 TRACES = Path(__file__).parents[1] / "examples" / "traces"
 COMMAND = "python -m evidence.planner"
-RAMP_SEEDS, PARETO_SEEDS, TICK_SEEDS = tuple(range(10)), tuple(range(5)), (42, 43, 44)
+RAMP_SEEDS, PARETO_SEEDS, TICK_SEEDS = tuple(range(10)), tuple(range(5)), (42,)
 SPEED_UPS = (1.2, 1.5, 2.0)
 HEADROOM, DEFAULT_HEADROOM = "0.40", "0.10"
 """Prism's on the ramp: with 0.40 it uses about what the law uses, so that the two compare at equal cost."""
@@ -190,18 +190,18 @@ def _prism(
 
 
 def times_real_time() -> list[float]:
-    """Simulated seconds per CPU second: 100 pods under Prism at llm-d's token lengths, 100 requests/s, ten minutes."""
+    """Simulated seconds per CPU second: 100 pods under Prism at llm-d's token lengths, 100 requests/s, five minutes."""
     taken = []
     for seed in range(3):
         spec = ramp.service(scaling={"minReplicas": 100, "maxReplicas": 100})
         policy = resolve(spec, ramp.model(), LoopSettings())
         assert isinstance(policy, ServicePolicy), str(policy)
         profile = ramp.knob(ramp.shipped_profile(ramp.PROFILE), TRACE_SPEED_UP)
-        requests = poisson(seed, [(600.0, 100.0)], prompt=4000, output=1000, name="default")
+        requests = poisson(seed, [(300.0, 100.0)], prompt=4000, output=1000, name="default")
         fleet = Fleet(policy, profile, 100, world=World(seed=seed))
         began_s = time.process_time()
-        fleet.run(requests, 600.0)
-        taken.append(600.0 / (time.process_time() - began_s))
+        fleet.run(requests, 300.0)
+        taken.append(300.0 / (time.process_time() - began_s))
     return taken
 
 
