@@ -44,6 +44,7 @@ from prism_operator.plan.types import (
 )
 from prism_operator.plan.verdicts import Points, Verdict, assemble, calm, listed, offered, resting
 
+_ABSENCES = (Reason.BURST_BRIDGE, Reason.POD_LOST, Reason.ROLLOUT, Reason.REHEARSAL)
 FLAP_S = 60.0
 """A point that goes back within a minute has flapped."""
 MOST_PATIENCE = 8
@@ -307,8 +308,9 @@ def _raised(
             text = why_down or calm(pressure, name)
             verdicts[name] = Verdict(point, Status.HOLD, resting(policy, point), text)
             continue
-        # While pods are missing, that is why the class is low, whatever sent it down first.
-        reason = cause if cause is not Reason.BROWNOUT else remembered.cause
+        # While pods are missing, that is why the class is low, whatever sent it down first; afterwards it is not.
+        ended = cause is Reason.BROWNOUT and remembered.cause in _ABSENCES and not observation.missing
+        reason = Reason.BROWNOUT if ended else cause if cause is not Reason.BROWNOUT else remembered.cause
         if class_policy is not candidate or why_down is not None:
             classes[name] = replace(remembered, low_since_s=None, narrow_since_s=None, cause=reason)
             text = why_down or f"{calm(pressure, name)}; another class rises first"

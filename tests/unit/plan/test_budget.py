@@ -138,6 +138,14 @@ def test_bridge_at_the_floor_keeps_its_name() -> None:
     assert (plan.status, plan.reason) == (Status.BLOCKED, Reason.BURST_BRIDGE)
 
 
+def test_bridge_is_over_when_no_pod_is_missing_although_quality_is_not_back() -> None:
+    state = _state("b500", cause=Reason.BURST_BRIDGE)
+    plan, after = _decide(HIGH, state=state, pods=(pod(point="b500"),))
+    assert plan.by_name(NAME).point == "b500"
+    _, bridged = _decide(HIGH, state=state, pods=(pod(point="b500"), starting_pod("pod-1", NOW_S - 5)))
+    assert (after.classes[NAME].cause, bridged.classes[NAME].cause) == (Reason.BROWNOUT, Reason.BURST_BRIDGE)
+
+
 def test_disabled_bridge_waits_for_replicas_at_the_same_point() -> None:
     policy = service_policy(budget={"bridgeScaleUp": "Disabled"})
     plan, _ = _decide(HIGH, policy, pods=(pod(), starting_pod("pod-1", NOW_S - 5)))
