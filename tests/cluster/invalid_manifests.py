@@ -358,7 +358,9 @@ CREATIONS = (
         "spec.networking.classHeader",
         "should match '^[A-Za-z0-9-]+$'",
     ),
-    _service("an unknown mode", {"spec.mode": "active"}, "spec.mode", 'supported values: "Active", "Paused"'),
+    _service(
+        "an unknown mode", {"spec.mode": "active"}, "spec.mode", 'supported values: "Active", "Advisory", "Paused"'
+    ),
     # model
     _model(
         "two sources",

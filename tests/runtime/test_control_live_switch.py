@@ -203,7 +203,9 @@ def test_served_command_drains_real_streams_logs_json_without_user_text_and_writ
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
     scratch.mkdir()
-    environment = {"HOME": str(home), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # The compiled kernel is kept where caches go; in the image that lies below /tmp, as does the home folder.
+    environment = {"HOME": str(home), "TMPDIR": str(scratch), "XDG_CACHE_HOME": str(scratch / "cache")}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     flags = ["--port", "0", "--metrics-port", "0", "--pace", "demo", "--drain-grace", "0.2", "--boot-point", "b500"]
 
     async def scenario() -> None:

@@ -120,8 +120,14 @@ def kernel_of_device(device_type: str) -> str:
 
 
 def load_kernel(name: str) -> SubExpertKernel:
-    """The kernel of that name. Raises ValueError that lists the known ones."""
+    """The kernel of that name, ready to run: what it compiles is compiled here and not in a first request.
+
+    Raises ValueError that lists the known ones.
+    """
     if name not in _MODULES:
         raise ValueError(f"unknown kernel '{name}'; known: {', '.join(_MODULES)}")
-    kernel: SubExpertKernel = import_module(_MODULES[name]).sub_expert_moe
+    module = import_module(_MODULES[name])
+    if name == CPU:
+        module.available()
+    kernel: SubExpertKernel = module.sub_expert_moe
     return kernel
