@@ -51,9 +51,12 @@ def library(source: Path, extra_flags: tuple[str, ...] = SAME_BITS) -> ctypes.CD
 
 def _compiled(source: Path, compiler: str, extra_flags: tuple[str, ...]) -> Path:
     text = source.read_bytes()
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S
+    # Without PATH a compiler is found where Python looks then, but does not find its own linker.
+    environment = {"PATH": os.defpath} | os.environ
+    run = functools.partial(
+        subprocess.run, capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S, env=environment
     )
+    version = run([compiler, "--version"])
     key = hashlib.sha256(text)
     for part in (compiler, version.stdout, *FLAGS, *extra_flags, _processor()):
         key.update(b"\0" + part.encode())
@@ -63,13 +66,7 @@ def _compiled(source: Path, compiler: str, extra_flags: tuple[str, ...]) -> Path
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".compile-") as scratch:
         output = Path(scratch) / target.name
-        subprocess.run(
-            [compiler, *FLAGS, *extra_flags, "-o", str(output), str(source)],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=COMPILE_TIMEOUT_S,
-        )
+        run([compiler, *FLAGS, *extra_flags, "-o", str(output), str(source)])
         output.replace(target)
     return target
 
