@@ -195,6 +195,9 @@ COLLECTORS = {
 }
 
 
+NEVER_TAKEN = "not taken yet; run: make evidence-refactor"
+
+
 def collect(name: str, models: Models) -> Figure:
     """One figure; what could not be taken says why."""
     collector = COLLECTORS[name]
@@ -220,6 +223,8 @@ def main() -> int:
         merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
         taken = figure.value if figure.why is None else f"not taken: {figure.why}"
         console.print(f"{name}: {taken}", highlight=False)
+    for name in COLLECTORS.keys() - load(OUT).keys():
+        merge(OUT, absent(name, COLLECTORS[name].unit, COLLECTORS[name].how, NEVER_TAKEN), tuple(COLLECTORS))
     return 0
 
 
