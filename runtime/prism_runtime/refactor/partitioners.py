@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from prism_runtime.refactor.calibration import Calibration
 from prism_runtime.refactor.elastic import ElasticMethod
@@ -75,6 +76,33 @@ class RandomPartitioner(_Expertwise):
         return Output({"perm": perm.to(torch.int32)[None]})
 
 
+def _searched(
+    calibration: Calibration,
+    task: PartitionTask,
+    *,
+    limits: Limits,
+    factor: Tensor | None = None,
+    means: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Output:
+    """The swap search for one task's experts; arguments as of `partition_layer`."""
+    layer = task.layer
+    perm = partition_layer(
+        calibration.experts[layer],
+        calibration.ordinary[layer],
+        calibration.forms[layer],
+        partition_settings(calibration.settings),
+        limits=limits,
+        layer=layer,
+        factor=factor,
+        means=means,
+        start=start,
+        threads=1,
+        chosen=task.experts,
+    )
+    return Output({"perm": perm})
+
+
 class SwapPartitioner(_Expertwise):
     """The swap search: the first of two passes, or the only one."""
 
@@ -86,18 +114,7 @@ class SwapPartitioner(_Expertwise):
         return Stage.of(task.name, {"policy": "prism"}, self._calibration.limits_stage)
 
     def partition(self, task: PartitionTask) -> Output:
-        calibration, layer = self._calibration, task.layer
-        perm = partition_layer(
-            calibration.experts[layer],
-            calibration.ordinary[layer],
-            calibration.forms[layer],
-            partition_settings(calibration.settings),
-            limits=calibration.limits,
-            layer=layer,
-            threads=1,
-            chosen=task.experts,
-        )
-        return Output({"perm": perm})
+        return _searched(self._calibration, task, limits=self._calibration.limits)
 
 
 class CentredPartitioner(_Expertwise):
@@ -128,21 +145,15 @@ class CentredPartitioner(_Expertwise):
         return Stage.of(f"centred-{task.name}", {"policy": "prism"}, self._centre_stage)
 
     def partition(self, task: PartitionTask) -> Output:
-        calibration, layer = self._calibration, task.layer
-        perm = partition_layer(
-            calibration.experts[layer],
-            calibration.ordinary[layer],
-            calibration.forms[layer],
-            partition_settings(calibration.settings),
+        layer = task.layer
+        return _searched(
+            self._calibration,
+            task,
             limits=self._limits,
-            layer=layer,
             factor=self._factors[layer],
             means=self._means[layer],
             start=self._perms[layer],
-            threads=1,
-            chosen=task.experts,
         )
-        return Output({"perm": perm})
 
     def _measure_centre(self) -> Output:
         calibration, settings = self._calibration, self._calibration.settings
