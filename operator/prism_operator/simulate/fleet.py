@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from prism_api.control import Admission, Fence, Load
 from prism_api.profile import Profile
@@ -205,9 +206,8 @@ class Fleet:
         if pod.created_s < self.now_s:
             self._ready_times.append(self.now_s - pod.created_s)
         if self.world.crashes_per_hour:
-            self._at(
-                self.now_s + self._failures.expovariate(self.world.crashes_per_hour / 3600), lambda: self._crash(pod)
-            )
+            lives_s = self._failures.expovariate(self.world.crashes_per_hour / 3600)
+            self._at(self.now_s + lives_s, partial(self._crash, pod))
 
     def _crash(self, pod: SimPod) -> None:
         if pod.gone:
@@ -245,7 +245,7 @@ class Fleet:
             if pod in self._ready:
                 self._ready.remove(pod)
                 self._route()
-            self._at(self.now_s + self.world.drain_s, lambda pod=pod: self._crash(pod))  # type: ignore[misc]
+            self._at(self.now_s + self.world.drain_s, partial(self._crash, pod))
         for pod in [pod for pod in self.pods if pod.stopping and not pod.outstanding]:
             self._forget(pod)
 
