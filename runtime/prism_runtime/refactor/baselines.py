@@ -4,6 +4,7 @@ None needs training. Oracles read the true outputs before they choose, at no cos
 a partition. Static choices know calibration averages only; their cost is a table look-up.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import count
 from math import gcd
@@ -90,7 +91,7 @@ class StaticMask:
         return _free(slots, self._masks[slots.layer][slots.expert_ids])
 
 
-class ThresholdGate:
+class ThresholdGate(ABC):
     """Keeps a sub-expert iff its log score reaches its layer's threshold: a variable number for each token.
 
     groups   for each layer int64 [E, C]: the sub-expert of each neuron, groups of one size
@@ -105,9 +106,9 @@ class ThresholdGate:
         self.log_tau = torch.full((len(groups),), -torch.inf)
         self.observe: Callable[[int, Tensor], None] = lambda layer, scores: None
 
+    @abstractmethod
     def log_scores(self, slots: Slots) -> Tensor:
         """[T, K, N], log of the router-weighted norm expected of a sub-expert's output over the residual's size."""
-        raise NotImplementedError
 
     def choose(self, slots: Slots) -> Choice:
         scores = self.log_scores(slots)

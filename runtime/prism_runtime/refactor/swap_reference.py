@@ -3,6 +3,8 @@
 Every sum follows the order that `swap.c` states, hence `accumulate` and never `sum`, whose order NumPy chooses.
 """
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,24 +16,24 @@ Doubles = npt.NDArray[np.float64]
 Part = npt.NDArray[np.int32]
 
 
-class Search:
+class Search(ABC):
     """The search loop, over an objective that the two subclasses hold. rows [blocks, C, BLOCK]."""
 
     def __init__(self, rows: Values, sub_experts: int) -> None:
         self.rows, self.sub_experts = rows, sub_experts
         self.members: list[npt.NDArray[np.int64]] = []
 
+    @abstractmethod
     def refresh(self) -> float:
         """The objective, from the members alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def propose(self, groups: tuple[int, int], pair: tuple[int, int], block: int, delta: float) -> float:
         """`delta` plus what exchanging the pair adds in one block; remembered for `take`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, groups: tuple[int, int]) -> None:
         """The last proposal becomes the state."""
-        raise NotImplementedError
 
     def run(
         self,

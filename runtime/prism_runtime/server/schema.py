@@ -5,6 +5,7 @@ and those of OpenAI's API that this runtime does not implement are accepted only
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -76,9 +77,9 @@ class _Sampled(BaseModel):
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MOST_BIASED)] = {}
 
     @property
+    @abstractmethod
     def reported_logprobs(self) -> int | None:
         """How many alternatives to report with each token; None reports no probabilities."""
-        raise NotImplementedError
 
     def sampling(self, max_tokens: int, eos_token_ids: frozenset[int]) -> Sampling:
         """What the engine is asked for."""
