@@ -211,3 +211,11 @@ def test_the_greedy_start_levels_the_sums_of_magnitudes() -> None:
     strength = torch.arange(1.0, 25)[None].expand(3, -1)
     masses = torch.zeros(4).index_add(0, STARTS["greedy"](strength, 4, 0).long(), strength[0])
     assert float(masses.max() - masses.min()) <= 4
+
+
+def test_the_partition_of_chosen_experts_is_theirs_in_the_partition_of_all() -> None:
+    """So that the tasks of a layer can be divided over processes."""
+    found, limits = layer(), Limits((0.1, 1.0), (1.0, 1.0))
+    whole = partition_layer(found, found, METRIC, SETTINGS, limits=limits, layer=1, threads=2)
+    chosen = partition_layer(found, found, METRIC, SETTINGS, limits=limits, layer=1, threads=1, chosen=[3, 1])
+    assert torch.equal(chosen, whole[[3, 1]])
