@@ -7,9 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prism_runtime.engine.engine import Engine
+from prism_runtime.engine.model import load_pretrained
 from prism_runtime.refactor.artifact import Artifact, digest_of_weights, open_artifact
-from prism_runtime.refactor.recipe import evaluate_artifact
-from prism_runtime.refactor.text import read_documents
+from prism_runtime.refactor.evaluate import evaluate_points
+from prism_runtime.refactor.text import cut_sequences, read_documents
+from prism_runtime.refactor.trace import PackedModel
 from tests.runtime.models import request, run, stock_greedy, tokens_of
 
 MODEL = Path(__file__).parents[2] / "examples" / "model"
@@ -50,8 +52,18 @@ def test_calibration_and_evaluation_texts_share_no_passage() -> None:
 
 
 def test_quality_of_the_points_falls_with_the_budget_on_held_out_text(artifact: Artifact) -> None:
-    quality = evaluate_artifact(artifact.directory, MODEL / "evaluation.jsonl.gz", sequences_per_domain=2)
-    divergences = [quality[name].kl.mean for name in artifact.manifest.ladder.names]
+    model, tokenizer = load_pretrained(artifact.directory)
+    length, names = artifact.manifest.calibration.sequence_length, artifact.manifest.ladder.names
+    text = cut_sequences(read_documents(MODEL / "evaluation.jsonl.gz"), tokenizer, length, 2)
+    points = list(range(len(names)))
+    quality = dict(
+        zip(
+            names,
+            evaluate_points(PackedModel(model, artifact.tables()), text, points, points[-1]).values(),
+            strict=True,
+        )
+    )
+    divergences = [quality[name].kl.mean for name in names]
     assert divergences == sorted(divergences, reverse=True)
     assert divergences[-1] == 0
     for point in artifact.manifest.operating_points:

@@ -6,19 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prism_api import FULL
 from prism_api.manifest import Calibration as Calibrated
 from prism_api.manifest import Manifest, SourceModel
-from prism_runtime.engine.model import load_pretrained
 from prism_runtime.refactor.artifact import (
     digest_of_weights,
     list_files,
-    open_artifact,
     write_checkpoint,
     write_manifest,
 )
 from prism_runtime.refactor.calibration import Calibration
-from prism_runtime.refactor.evaluate import PointQuality, evaluate_points
 from prism_runtime.refactor.gated import GatedPoints
 from prism_runtime.refactor.memory import memory_needed
 from prism_runtime.refactor.partitioners import partitioners_of
@@ -34,8 +30,7 @@ from prism_runtime.refactor.prefixes import PrefixPoints
 from prism_runtime.refactor.progress import Reporter
 from prism_runtime.refactor.request import RecipeRefused, RefactorRequest, same_request, tools
 from prism_runtime.refactor.stages import Shard, WorkFolder
-from prism_runtime.refactor.text import cut_sequences, read_documents
-from prism_runtime.refactor.trace import PackedModel
+from prism_runtime.refactor.text import read_documents
 
 
 def refactor_model(
@@ -86,20 +81,6 @@ def merge_shards(works: Sequence[Path], out: Path, reporter: Reporter | None = N
     recipe = _Recipe(request, works[0], reporter or Reporter(), works[1:])
     recipe.require_partition()
     return recipe.finish(out)
-
-
-def evaluate_artifact(directory: Path, text: Path, sequences_per_domain: int | None = None) -> dict[str, PointQuality]:
-    """Quality of every operating point of an artifact on a text file. Raises ArtifactRefused or TextRefused."""
-    artifact = open_artifact(directory)
-    length = artifact.manifest.calibration.sequence_length
-    model, tokenizer = load_pretrained(directory)
-    sequences = cut_sequences(read_documents(text), tokenizer, length, sequences_per_domain)
-    names = artifact.manifest.ladder.names
-    with Reporter().bar("evaluate", len(sequences), "sequences") as advance:
-        quality = evaluate_points(
-            PackedModel(model, artifact.tables()), sequences, list(range(len(names))), names.index(FULL), advance
-        )
-    return {name: quality[index] for index, name in enumerate(names)}
 
 
 @dataclass(frozen=True, slots=True)
