@@ -21,7 +21,7 @@ from prism_runtime.kernels.plan import PlanTensor
 SOURCE = Path(__file__).with_name("cpu_experts.c")
 FLAGS = ("-fopenmp", "-Wno-psabi")
 MOST_ROWS_AN_EXPERT = 12
-"""Above this many rows an expert, on average, torch's products are faster (measured at 2,048 wide; more at 192)."""
+"""Above this many rows an expert, on average, torch's matrix products read each weight for more rows at once."""
 LANES = 16
 
 
