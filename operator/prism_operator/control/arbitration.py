@@ -12,8 +12,8 @@ from prism_api.service import ScalingControl
 from prism_operator.control.events import Events, Regarding
 from prism_operator.control.leadership import Leadership
 from prism_operator.control.world import ServiceKey, ServiceWorld, World
-from prism_operator.plan import demand, fleet
-from prism_operator.plan.capacity import ClassLoad, scaled
+from prism_operator.plan import fleet
+from prism_operator.plan.capacity import scaled
 from prism_operator.plan.fleet import Caps, Claim, FleetPlan, PriceUnknown
 from prism_operator.plan.reasons import Status
 
@@ -96,16 +96,8 @@ def _claim(name: str, service: ServiceWorld) -> Claim | None:
         return None
     if policy.scaling is not ScalingControl.MANAGED or policy.paused or policy.advisory:
         return None
-    loads = []
-    for class_policy in policy.classes:
-        rate = demand.long_rate(service.demand, class_policy.name, policy)
-        if rate is None:
-            return None
-        if rate.arrivals == 0:
-            continue
-        lengths = demand.mean_lengths(service.demand, class_policy.name)
-        if lengths is None:
-            return None
-        loads.append(ClassLoad(class_policy, rate.per_s, lengths))
+    loads = fleet.mean_loads(service.demand, policy)
+    if loads is None:
+        return None
     profile = scaled(observation.profile, service.demand.cost_factor)
     return fleet.claim(name, policy, loads, profile, _held(service)[2])

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
 from prism_api.profile import Profile
-from prism_operator.plan import capacity
+from prism_operator.plan import capacity, demand
 from prism_operator.plan.capacity import ClassLoad
 from prism_operator.plan.reasons import Reason, Status
-from prism_operator.plan.types import ServicePolicy
+from prism_operator.plan.types import DemandState, ServicePolicy
 
 WORTH_A_CHANGE = 0.01
 """Grants change only if the fleet's value rises by more than this share, or if the old ones do not fit any more."""
@@ -98,6 +98,22 @@ class FleetPlan:
 
 class PriceUnknown(Exception):
     """A cost cap over a service without a price: unknown is not free."""
+
+
+def mean_loads(state: DemandState, policy: ServicePolicy) -> list[ClassLoad] | None:
+    """The busy classes' loads over the long window; None if any is unknown, which is not zero."""
+    loads = []
+    for class_policy in policy.classes:
+        rate = demand.long_rate(state, class_policy.name, policy)
+        if rate is None:
+            return None
+        if rate.arrivals == 0:
+            continue
+        lengths = demand.mean_lengths(state, class_policy.name)
+        if lengths is None:
+            return None
+        loads.append(ClassLoad(class_policy, rate.per_s, lengths))
+    return loads
 
 
 def claim(
