@@ -47,14 +47,13 @@ class Partition:
         )
 
 
-def partition_by_energy(saliency: Saliency, sub_experts: int) -> Partition:
-    """Neurons sorted by mean energy, highest first: every prefix is the static choice of its size that loses least.
+def by_energy(energy: Tensor) -> Tensor:
+    """Permutation [E, C] int32 by mean energy [E, C], highest first: every prefix loses least of all of its size.
 
-    The loss of dropping neurons is quadratic in what they add, so the mean square orders them, not the mean: on the
-    embedded model the mean's order costs 1.3 times the KL at half budget. Energies add up as if the neurons' outputs
-    were orthogonal. Ties keep the source's order, so equal inputs give equal bytes.
+    The loss of dropping neurons is quadratic in what they add, so the mean square orders them, not the mean. Energies
+    add up as if the neurons' outputs were orthogonal. Ties keep the source's order, so equal inputs give equal bytes.
     """
-    return Partition.of(saliency.energy.argsort(dim=1, descending=True, stable=True), saliency, sub_experts)
+    return energy.argsort(dim=1, descending=True, stable=True).to(torch.int32)
 
 
 def rank_energy(saliency: Saliency, partition: Partition) -> Tensor:

@@ -10,6 +10,7 @@ from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.fit import CENTRE_BUDGET, centre, fit_gates, partition_settings, token_factors
 from prism_runtime.refactor.layer_search import Limits, partition_layer
 from prism_runtime.refactor.paper import PaperSettings, fit_paper
+from prism_runtime.refactor.partition import by_energy
 from prism_runtime.refactor.pipeline import Partitioner, PartitionTask, Run, partition_stages, perms_of
 from prism_runtime.refactor.stages import Output, Stage, seed_of
 from prism_runtime.refactor.thresholds import calibrate_thresholds, everything
@@ -54,7 +55,7 @@ class SortedPartitioner(_Expertwise):
 
     def partition(self, task: PartitionTask) -> Output:
         energy = self._calibration.saliency[task.layer].energy[list(task.experts)]
-        return Output({"perm": energy.argsort(dim=1, descending=True, stable=True).to(torch.int32)})
+        return Output({"perm": by_energy(energy)})
 
 
 class RandomPartitioner(_Expertwise):

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from prism_api.manifest import Divergence
 from prism_runtime.refactor.evaluate import PointQuality, clustered_mean
 from prism_runtime.refactor.partition import (
+    Partition,
     Saliency,
     allocate_prefixes,
+    by_energy,
     invert,
-    partition_by_energy,
     rank_energy,
 )
 from prism_runtime.refactor.prefixes import prefix_counts, strictly_rising
@@ -38,27 +39,26 @@ def saliency(experts: int = 3, neurons: int = 16) -> Saliency:
 
 
 def test_partition_is_a_bijection_and_its_inverse_undoes_it() -> None:
-    perm = partition_by_energy(saliency(), 4).perm
+    perm = by_energy(saliency().energy)
     assert torch.equal(perm.sort(1).values, torch.arange(16, dtype=torch.int32).expand(3, -1))
     assert torch.equal(perm.long().gather(1, invert(perm)), torch.arange(16).expand(3, -1))
 
 
 def test_sub_experts_descend_in_energy_and_keep_all_of_it() -> None:
     measured = saliency()
-    partition = partition_by_energy(measured, 4)
+    partition = Partition.of(by_energy(measured.energy), measured, 4)
     assert (partition.energy.diff(dim=1) <= 0).all()
     torch.testing.assert_close(partition.energy.sum(1), measured.energy.sum(1))
     torch.testing.assert_close(partition.prior.square().sum(1), measured.power.sum(1))
 
 
 def test_neurons_of_equal_energy_keep_the_order_of_the_source() -> None:
-    flat = Saliency(torch.ones(2, 8), torch.ones(1, 2, 8), torch.ones(2, 8), torch.ones(2, dtype=torch.int64))
-    assert torch.equal(partition_by_energy(flat, 2).perm, torch.arange(8, dtype=torch.int32).expand(2, -1))
+    assert torch.equal(by_energy(torch.ones(2, 8)), torch.arange(8, dtype=torch.int32).expand(2, -1))
 
 
 def test_rank_energy_follows_the_permutation_and_keeps_all_of_it() -> None:
     measured = saliency()
-    partition = partition_by_energy(measured, 4)
+    partition = Partition.of(by_energy(measured.energy), measured, 4)
     energy = rank_energy(measured, partition)
     first = measured.ranked[1, :, :].gather(1, partition.perm.long()).view(3, 4, 4).sum((0, 2))
     torch.testing.assert_close(energy[1], first)
