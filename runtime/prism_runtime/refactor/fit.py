@@ -98,6 +98,23 @@ class FittedRecipe:
         return ElasticMethod(self.gates, point.log_tau, point.compensation, name=f"prism-{permille}")
 
 
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What is measured on the calibration text before anything is fitted; one entry a layer."""
+
+    rows: Sequence[LayerRows]
+    metric: Sequence[LayerMetric]
+
+
+@dataclass(frozen=True, slots=True)
+class GatedPartition:
+    """A partition and its gates, which every budget shares. perms [E, C] int32 and metric [H, H] a layer."""
+
+    perms: Sequence[Tensor]
+    gates: Sequence[GateWeights]
+    metric: Sequence[Tensor]
+
+
 def fit_recipe(
     model: PreTrainedModel,
     calibration: Sequence[TokenSequence],
@@ -106,35 +123,61 @@ def fit_recipe(
     report: Report = lambda _: None,
 ) -> FittedRecipe:
     """Fit on the calibration text, choose thresholds on the held-out one. `report` is told each step as it starts."""
+    calibrated = calibrate_recipe(model, calibration, settings, report)
+    masked = MaskedModel(model)
+    gated = fit_gated(masked, calibrated, held, settings, report=report)
+    points = {}
+    for permille in settings.budgets_permille:
+        report(f"budget {permille}")
+        method = fit_budget(masked, calibration, held, gated.gates, gated.metric, permille / 1000, settings)
+        points[permille] = FittedPoint(method.log_tau, method.compensation)
+    return FittedRecipe(gated.perms, gated.gates, gated.metric, points)
+
+
+def calibrate_recipe(
+    model: PreTrainedModel,
+    calibration: Sequence[TokenSequence],
+    settings: RecipeSettings,
+    report: Report = lambda _: None,
+) -> Calibrated:
+    """Rows and metric of the calibration text."""
     report("calibrate")
     rows = capture(model, calibration)
     report("metric")
-    metric = measure_metric(model, calibration, settings)
+    return Calibrated(rows, measure_metric(model, calibration, settings))
+
+
+def fit_gated(
+    masked: MaskedModel,
+    calibrated: Calibrated,
+    held: Sequence[TokenSequence],
+    settings: RecipeSettings,
+    perms: Sequence[Tensor] | None = None,
+    report: Report = lambda _: None,
+) -> GatedPartition:
+    """Partition and gates; `masked`, not permuted before, stands in the partition afterwards.
+
+    perms  a partition to take as it is, in place of the search
+    """
+    rows, forms = calibrated.rows, [layer.form for layer in calibrated.metric]
     tokens = [
-        fit_token_factor(*pair) if settings.token_factor else None for pair in zip(rows, _powers(metric), strict=True)
+        fit_token_factor(*pair) if settings.token_factor else None
+        for pair in zip(rows, _powers(calibrated.metric), strict=True)
     ]
-    forms = [layer.form for layer in metric]
-    masked = MaskedModel(model)
+    if perms is not None:
+        masked.permute(perms)
+        return GatedPartition(perms, fit_gates(masked, rows, forms, tokens, settings), forms)
     report("partition")
     perms = partition(masked, rows, forms, settings)
     gates = fit_gates(masked, rows, forms, tokens, settings)
     if settings.centred:
         report("partition again")
-        bare = calibrate_thresholds(
-            masked,
-            held,
-            ElasticMethod(gates, everything(len(rows))),
-            CENTRE_BUDGET,
-            by_layer=settings.allocation == "layer",
-        )
+        every = ElasticMethod(gates, everything(len(rows)))
+        by_layer = settings.allocation == "layer"
+        bare = calibrate_thresholds(masked, held, every, CENTRE_BUDGET, by_layer=by_layer)
         perms = partition_again(masked, rows, forms, bare, perms, settings)
         gates = fit_gates(masked, rows, forms, tokens, settings)
-    points = {}
-    for permille in settings.budgets_permille:
-        report(f"budget {permille}")
-        method = fit_budget(masked, calibration, held, gates, forms, permille / 1000, settings)
-        points[permille] = FittedPoint(method.log_tau, method.compensation)
-    return FittedRecipe(perms, gates, forms, points)
+    return GatedPartition(perms, gates, forms)
 
 
 def measure_metric(
