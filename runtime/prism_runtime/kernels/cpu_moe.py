@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from prism_runtime import native
-from prism_runtime.kernels import reference
+from prism_runtime.kernels import cpu_gating, reference
 from prism_runtime.kernels.activations import UnsupportedActivation, recognise
 from prism_runtime.kernels.contract import Activation, ExpertWeights, GatedLayer
-from prism_runtime.kernels.gating import cells_to_run
 from prism_runtime.kernels.plan import PlanTensor
 
 SOURCE = Path(__file__).with_name("cpu_experts.c")
@@ -50,14 +49,14 @@ def sub_expert_moe(
     """See `contract.SubExpertKernel`."""
     if not _fits(expert_ids, weights):
         return reference.sub_expert_moe(hidden, expert_ids, router_weights, layer, plan, weights, gated, residual_rms)
-    keep, added = cells_to_run(hidden, expert_ids, router_weights, layer, plan, weights, gated, residual_rms)
+    keep, added = cpu_gating.cells_to_run(hidden, expert_ids, router_weights, layer, plan, weights, gated, residual_rms)
     out = run_kept(hidden, expert_ids, router_weights, keep, weights)
     return out if added is None else out + added.to(out.dtype)
 
 
 def available() -> bool:
     """Whether the C could be compiled here."""
-    return _library() is not None
+    return _library() is not None and cpu_gating.available()
 
 
 def run_kept(

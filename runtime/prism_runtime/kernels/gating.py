@@ -77,8 +77,8 @@ def choose_cells(
     neurons = weights.w2.shape[2]
     rows, keeps, added = [], [], []
     for point, at in plan.gated_rows.items():
-        x, router = hidden[at], router_weights[at].float()
         valid = expert_ids[at] < experts
+        x, router = hidden[at], torch.where(valid, router_weights[at].float(), 0)
         ids = expert_ids[at].clamp(max=experts - 1)
         log_scale = router.log() + log_token_factor(x, residual_rms[at], gate.token)[:, None]
         floor = floor_cells(router, valid, sub_experts)
@@ -98,8 +98,7 @@ def choose_cells(
         compensation = gated.compensation.get(point)
         extra = torch.zeros_like(x, dtype=torch.float32)
         if weights.b2 is not None:
-            silent = valid & ~keep.any(-1)
-            extra += (weights.b2.float()[ids] * (router * silent)[..., None]).sum(1)
+            extra += silent_biases(ids, router, valid, keep, weights.b2)
         if compensation is not None:
             dropped = valid[..., None] & ~keep
             extra += compensate(x, ids, router, dropped, compensation)
@@ -109,6 +108,13 @@ def choose_cells(
         plan.charge(point, keep.sum(), multiply_adds / (3 * width * neurons), valid.sum() * sub_experts)
     anything = weights.b2 is not None or any(point in gated.compensation for point in plan.gated_rows)
     return torch.cat(rows), torch.cat(keeps), torch.cat(added) if anything else None
+
+
+def silent_biases(expert_ids: Tensor, router_weights: Tensor, valid: Tensor, keep: Tensor, b2: Tensor) -> Tensor:
+    """[M, H] float32: the down projection's biases of experts of which no cell in `keep` [M, K, N] runs."""
+    silent = valid & ~keep.any(-1)
+    biases = b2.float()[expert_ids.clamp(max=len(b2) - 1)]
+    return (biases * (router_weights * silent)[..., None]).sum(1)
 
 
 def compensate(

@@ -206,7 +206,7 @@ class PlanTensor:
     def cap_of(self, point: int) -> int:
         return self._host_cap[point]
 
-    def charge(self, point: int, ran: Tensor, extra: Tensor | float, routed: Tensor) -> None:
+    def charge(self, point: int, ran: Tensor | int, extra: Tensor | float, routed: Tensor | int) -> None:
         """Count one layer's rows of a gated point: sub-experts run, what the rest costs in sub-experts, and routed."""
         self.ran += ran
         self.extra += extra

@@ -34,7 +34,7 @@ def gate_scores(
     """Scores [T, K, N] float32 of every cell, and how many gate outputs [T] int64 they took.
 
     expert_ids  [T, K]  below E
-    log_scale   [T, K]  log router weight + log token factor
+    log_scale   [T, K]  log router weight + log token factor; cells of a slot with -inf score -inf unevaluated
     tau         []      log threshold that will cut the scores. With it and the gate's kappa, cells that are certain to
                         lie on one side get the mean prediction; None evaluates every cell
     """
@@ -42,7 +42,7 @@ def gate_scores(
     rows, top_k = expert_ids.shape
     prediction = gate.mean[expert_ids]
     if tau is None or gate.kappa is None:
-        open_cells = torch.ones(rows, top_k, sub_experts, dtype=torch.bool, device=hidden.device)
+        open_cells = (log_scale != -torch.inf)[:, :, None].expand(-1, -1, sub_experts)
     else:
         distance = (tau - log_scale[:, :, None] - prediction).abs()
         open_cells = distance < gate.kappa * gate.deviation[expert_ids]
