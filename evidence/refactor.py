@@ -3,6 +3,10 @@
     python -m evidence.refactor                 the embedded model, three calibration seeds
     python -m evidence.refactor --smollm2       SmolLM2 as a mixture of one expert a layer, too: downloads it once
     python -m evidence.refactor --only ID...    these, keeping the others
+    python -m evidence.refactor --ablation      evidence/refactor_ablation.json: the recipe with one ingredient changed
+
+Fits are kept in the user's cache folder and taken from there while model, text, settings and code are the same;
+--refit makes them again.
 
 Nothing here is typed by hand: a figure that cannot be taken is null and says why. Every cost is counted: gates,
 token factors and compensation are part of the budget they are compared at.
@@ -22,7 +26,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from evidence import refactor_ablation as ablation
 from evidence.figures import ROOT, Figure, NotTaken, absent, load, measured, merge
+from evidence.refactor_bytes import BATCHES, SELECTIONS, ByteFigures
+from evidence.refactor_drift import ROTATIONS, DriftFigures
 from evidence.refactor_fits import LADDER, PAPER_SUB_EXPERTS, Fits, candidates_of, costs, perplexity, run_of, small_moe
 from prism_runtime.refactor.paper import Schedule
 from prism_runtime.refactor.points import PointCount, count_points, kl_at
@@ -42,12 +49,20 @@ SMOLLM2_SUB_EXPERTS, SMOLLM2_RANK = 48, 32
 class Models:
     """Loaded when a figure needs them."""
 
-    def __init__(self, console: Console, *, smollm2: bool) -> None:
-        self._console, self._with_smollm2 = console, smollm2
+    def __init__(self, console: Console, *, smollm2: bool, refit: bool = False) -> None:
+        self._console, self._with_smollm2, self._refit = console, smollm2, refit
 
     @cached_property
     def small(self) -> Fits:
-        return small_moe(ROOT / "examples" / "model", self._console)
+        return small_moe(ROOT / "examples" / "model", self._console, refit=self._refit)
+
+    @cached_property
+    def bytes(self) -> ByteFigures:
+        return ByteFigures(self.small, FINE)
+
+    @cached_property
+    def drift(self) -> DriftFigures:
+        return DriftFigures(self.small, FINE)
 
     @cached_property
     def smollm2(self) -> Fits:
@@ -63,7 +78,7 @@ class Models:
         if not folders:
             raise NotTaken(f"'{cache_folder()}' has no Mixtral checkpoint after python -m examples.smollm2")
         texts = ROOT / "examples" / "model"
-        return Fits(folders[0], texts, self._console, held=4, evaluation=4, fit=14, half=False)
+        return Fits(folders[0], texts, self._console, held=4, evaluation=4, fit=14, half=False, refit=self._refit)
 
 
 Values = Sequence[float | None]
@@ -140,6 +155,22 @@ def _stable(count: PointCount) -> int:
     return len(count.stable)
 
 
+def _bytes(batch: int, models: Models) -> Values:
+    return models.bytes.best(batch, SEEDS)
+
+
+def _bytes_of(batch: int, selection: str, models: Models) -> Values:
+    return models.bytes.over(selection, batch, SEEDS)
+
+
+def _bytes_share(batch: int, models: Models) -> Values:
+    return [models.bytes.top_k_share(batch, SEEDS[0])]
+
+
+def _drift(guarded: bool, models: Models) -> Values:
+    return models.drift.errors(ROTATIONS, guarded=guarded)
+
+
 def _layer_minutes(_: Models) -> Values:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "bench.json"
@@ -177,15 +208,18 @@ COLLECTORS = {
     "layer.olmoe_minutes": Collector(
         "min", _layer_minutes, (0,), "python -m prism_runtime.refactor.bench --layer-only"
     ),
+    **{f"bytes.b500.batch{batch}.kl_topk_over_prism": Collector("ratio", partial(_bytes, batch)) for batch in BATCHES},
     **{
-        f"bytes.b500.batch{batch}.kl_topk_over_prism": Collector(
-            "ratio", partial(_unmeasured, "refactor/bytes.py measures it; no program here takes it over seeds yet"), ()
-        )
-        for batch in (8, 32)
+        f"bytes.b500.batch{batch}.kl_topk_over.{selection}": Collector("ratio", partial(_bytes_of, batch, selection))
+        for batch in BATCHES
+        for selection in SELECTIONS
     },
-    "drift.realised_error_permille": Collector(
-        "permille", partial(_unmeasured, "engine/drift.py is tested on shifted distributions, not yet on this text"), ()
-    ),
+    **{
+        f"bytes.b500.batch{batch}.topk_share": Collector("share", partial(_bytes_share, batch), seeds=())
+        for batch in BATCHES
+    },
+    "drift.realised_error_permille": Collector("permille", partial(_drift, True), ROTATIONS),
+    "drift.unguarded_error_permille": Collector("permille", partial(_drift, False), ROTATIONS),
     "smollm2.ppl.neuron.b750": Collector(
         "perplexity", partial(_unmeasured, "refactor/gate_first.py is the method; no program here fits it yet"), ()
     ),
@@ -209,23 +243,37 @@ def collect(name: str, models: Models) -> Figure:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m evidence.refactor", description="Re-take the published figures.")
-    ids = ", ".join(COLLECTORS)
-    parser.add_argument("--only", nargs="+", choices=COLLECTORS, metavar="ID", help=f"re-take these alone: {ids}")
+    ids = ", ".join([*COLLECTORS, *ablation.VARIANTS])
+    parser.add_argument("--only", nargs="+", metavar="ID", help=f"re-take these alone: {ids}")
     parser.add_argument("--smollm2", action="store_true", help="take SmolLM2's figures too: hours on two cores")
+    parser.add_argument("--ablation", action="store_true", help="take the ablation's rows instead: two hours of a core")
+    parser.add_argument("--refit", action="store_true", help="use no fit that the cache folder holds")
     arguments = parser.parse_args()
-    console, known = Console(stderr=True), load(OUT)
-    models = Models(console, smollm2=arguments.smollm2)
+    known = ablation.VARIANTS if arguments.ablation else COLLECTORS
+    if unknown := sorted(set(arguments.only or ()) - set(known)):
+        parser.error(f"--only: there is no {', '.join(unknown)}; choose from {', '.join(known)}")
+    console = Console(stderr=True)
+    models = Models(console, smollm2=arguments.smollm2, refit=arguments.refit)
     torch.set_num_threads(1)
-    for name in (name for name in COLLECTORS if name in (arguments.only or COLLECTORS)):
+    names = [name for name in known if name in (arguments.only or known)]
+    if arguments.ablation:
+        ablation.run(models.small, names, SEEDS, partial(console.print, highlight=False))
+    else:
+        _take(names, models, console, smollm2=arguments.smollm2)
+    return 0
+
+
+def _take(names: Sequence[str], models: Models, console: Console, *, smollm2: bool) -> None:
+    known = load(OUT)
+    for name in names:
         figure = collect(name, models)
-        if figure.why is not None and name.startswith("smollm2") and name in known and not arguments.smollm2:
+        if figure.why is not None and name.startswith("smollm2") and name in known and not smollm2:
             continue  # a figure that was taken before is better than none
         merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
         taken = figure.value if figure.why is None else f"not taken: {figure.why}"
         console.print(f"{name}: {taken}", highlight=False)
     for name in COLLECTORS.keys() - load(OUT).keys():
         merge(OUT, absent(name, COLLECTORS[name].unit, COLLECTORS[name].how, NEVER_TAKEN), tuple(COLLECTORS))
-    return 0
 
 
 def _is_mixture(config: Path) -> bool:

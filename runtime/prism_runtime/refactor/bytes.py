@@ -33,8 +33,8 @@ class StepSelection:
     position; slots hold positions fastest.
     """
 
-    def __init__(self, gate: ThresholdGate, budget: float, step_tokens: int) -> None:
-        self.name = f"{gate.name}, step {step_tokens}"
+    def __init__(self, gate: ThresholdGate, budget: float, step_tokens: int, name: str = "step") -> None:
+        self.name = name
         self._gate, self._budget, self._step_tokens = gate, budget, step_tokens
 
     def choose(self, slots: Slots) -> Choice:

@@ -125,7 +125,7 @@ def fit_recipe(
     """Fit on the calibration text, choose thresholds on the held-out one. `report` is told each step as it starts."""
     calibrated = calibrate_recipe(model, calibration, settings, report)
     masked = MaskedModel(model)
-    gated = fit_gated(masked, calibrated, held, settings, report=report)
+    gated = fit_gated(masked, calibrated, held, settings, report)
     points = {}
     for permille in settings.budgets_permille:
         report(f"budget {permille}")
@@ -152,21 +152,14 @@ def fit_gated(
     calibrated: Calibrated,
     held: Sequence[TokenSequence],
     settings: RecipeSettings,
-    perms: Sequence[Tensor] | None = None,
     report: Report = lambda _: None,
 ) -> GatedPartition:
-    """Partition and gates; `masked`, not permuted before, stands in the partition afterwards.
-
-    perms  a partition to take as it is, in place of the search
-    """
+    """Partition and gates; `masked`, in the source's order on entry, stands in the partition afterwards."""
     rows, forms = calibrated.rows, [layer.form for layer in calibrated.metric]
     tokens = [
         fit_token_factor(*pair) if settings.token_factor else None
         for pair in zip(rows, _powers(calibrated.metric), strict=True)
     ]
-    if perms is not None:
-        masked.permute(perms)
-        return GatedPartition(perms, fit_gates(masked, rows, forms, tokens, settings), forms)
     report("partition")
     perms = partition(masked, rows, forms, settings)
     gates = fit_gates(masked, rows, forms, tokens, settings)

@@ -1,6 +1,6 @@
 """What an evaluation measures: an artifact's own operating points, and what they are compared with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,8 @@ PAPER = "paper"
 PAPER_SUB_EXPERTS, PAPER_GATE_NEURONS = 4, 4
 PAPER_ROWS = 1500
 """Of an expert: more make the search longer and its objective better by less than its seeds differ."""
+STEP_BUDGETS = (0.25, 0.375, 0.5, 0.625, 0.7, 0.775, 0.85, 0.9, 0.95)
+"""Of a selection for whole steps. They reach to where per-token selections of a large step read nearly everything."""
 DENSE_BUDGETS = (0.75, 0.5, 0.25)
 """Where methods are compared if a token has one expert only, and so no whole number of experts to compare with."""
 
@@ -168,20 +170,42 @@ def paper_subjects(
 def step_subjects(artifact: Artifact, cut: Cut) -> list[StepSubject]:
     """What is compared at equal weight bytes: the artifact's points, the same gate choosing for whole steps, uniform
     prefixes and plain top-k."""
+    elastic: dict[float, ElasticMethod] = {}
     subjects = []
     for subject in artifact_subjects(artifact):
-        method = subject.method
-        if isinstance(method, ElasticMethod):
-            fixed = _fixed_reads(method, cut, artifact.manifest.shape.hidden)
-            subjects.append(StepSubject("token", _always(method), fixed))
-            subjects.append(StepSubject("step", _for_step(ElasticScores(method, cut), subject.nominal), fixed))
+        if isinstance(subject.method, ElasticMethod):
+            elastic[subject.nominal] = subject.method
         else:
-            subjects.append(StepSubject("ranked prefix", _always(method)))
+            subjects.append(StepSubject("ranked prefix", always(subject.method)))
+    return subjects + elastic_step_subjects(elastic, cut, artifact.manifest.shape.hidden) + plain_step_subjects(cut)
+
+
+def elastic_step_subjects(
+    methods: Mapping[float, ElasticMethod], cut: Cut, hidden: int, step_budgets: Sequence[float] = STEP_BUDGETS
+) -> list[StepSubject]:
+    """Every method as it is, and the gate choosing for whole steps at `step_budgets`.
+
+    methods  by budget. A step's budget is a share of bytes and not of multiply-adds, so it is larger than theirs where
+             both read as much; it takes the compensation of the method with the nearest budget
+    """
+    if not methods:
+        return []
+    subjects = [StepSubject("token", always(method), fixed_reads(method, cut, hidden)) for method in methods.values()]
+    for budget in step_budgets:
+        method = methods[min(methods, key=lambda nominal: abs(nominal - budget))]
+        scores = _for_step(ElasticScores(method, cut), budget)
+        subjects.append(StepSubject("step", scores, fixed_reads(method, cut, hidden)))
+    return subjects
+
+
+def plain_step_subjects(cut: Cut) -> list[StepSubject]:
+    """Uniform prefixes and plain top-k, which know nothing of the token; they read nothing beside their neurons."""
+    subjects = []
     for count in range(cut.sub_experts - 1, 0, -1):
         counts = torch.full((cut.layers, cut.top_k), count)
-        subjects.append(StepSubject("prefix", _always(Prefix(f"prefix {count}", counts, cut.sub_experts))))
+        subjects.append(StepSubject("prefix", always(Prefix(f"prefix {count}", counts, cut.sub_experts))))
     for kept in range(cut.top_k - 1, 0, -1):
-        subjects.append(StepSubject(EXPERTS, _always(TopK(kept))))
+        subjects.append(StepSubject(EXPERTS, always(TopK(kept))))
     return subjects
 
 
@@ -216,7 +240,7 @@ def _at_budget(masked: MaskedModel, gate: ThresholdGate, text: Sequence[TokenSeq
     return Subject(gate.name, budget, gate)
 
 
-def _fixed_reads(method: ElasticMethod, cut: Cut, hidden: int) -> float:
+def fixed_reads(method: ElasticMethod, cut: Cut, hidden: int) -> float:
     """Share of a touched expert's bytes that are read whatever is kept: its gate, and its part of the compensation.
 
     A neuron is three rows of the hidden width, a gate's output one. What a layer reads once, at least K experts share.
@@ -228,9 +252,10 @@ def _fixed_reads(method: ElasticMethod, cut: Cut, hidden: int) -> float:
     return rows / (3 * cut.neurons)
 
 
-def _always(method: Method) -> Callable[[int], Method]:
+def always(method: Method) -> Callable[[int], Method]:
+    """The same method whatever the size of a step."""
     return lambda step_tokens: method
 
 
 def _for_step(scores: ThresholdGate, budget: float) -> Callable[[int], Method]:
-    return lambda step_tokens: StepSelection(scores, budget, step_tokens)
+    return lambda step_tokens: StepSelection(scores, budget, step_tokens, f"step {budget:g}")
