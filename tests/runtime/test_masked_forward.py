@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prism_runtime.refactor.masked import MaskedModel, capture
+from prism_runtime.refactor.masked import Experts, MaskedModel, capture
 from prism_runtime.refactor.method import Choice, Slots
 from prism_runtime.refactor.metric import fisher_metric
 from prism_runtime.refactor.text import TokenSequence
@@ -50,6 +50,32 @@ def test_without_a_method_and_with_one_that_keeps_all_it_is_the_stock_model(arch
     torch.testing.assert_close(masked.log_probabilities(batch), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(masked.log_probabilities(batch, Prefix(1.0)), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(stock(model, batch), expected), "the model is left as it was"
+
+
+def test_beside_the_model_there_is_one_copy_of_the_experts_and_none_in_the_order_of_the_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("qwen3_moe")
+    held = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    masked = MaskedModel(model)
+
+    def copied() -> int:
+        tensors = [tensor for each in masked.experts for tensor in (each.gate, each.up, each.down)]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(size for at, size in storages.items() if at not in held)
+
+    experts, neurons, hidden = masked.experts[0].down.shape
+    layer = 4 * 3 * experts * neurons * hidden
+    identity = torch.arange(neurons).expand(experts, -1)
+    seen, permuted = [], Experts.permuted
+    monkeypatch.setattr(Experts, "permuted", lambda *given: (seen.append(copied()), permuted(*given))[1])
+    assert copied() == 0
+    for _ in range(2):
+        masked.permute([identity.flip(1)] * len(masked.experts))
+        assert copied() == layer * len(masked.experts)
+    assert max(seen) == layer * (len(masked.experts) - 1), "a layer's last order is gone before its next is made"
+    masked.permute([identity] * len(masked.experts))
+    assert copied() == 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

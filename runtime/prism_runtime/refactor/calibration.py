@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import TypeVar, overload
 
-import torch
 from torch import Tensor
 
 from prism_runtime.refactor.calibrate import calibrate
@@ -80,11 +79,10 @@ class Calibration:
         """Permuted by whoever uses it."""
         return MaskedModel(self._run.model)
 
-    @cached_property
+    @property
     def experts(self) -> Sequence[Experts]:
-        """In the source's order; shares the memory of `masked`."""
-        self.masked.permute([_identity(self._run) for _ in self._run.shape.moe_layers])
-        return self.masked.experts
+        """In the source's order, in the model's memory."""
+        return self.masked.source
 
     @cached_property
     def limits(self) -> Limits:
@@ -167,7 +165,3 @@ def recipe_settings(request: RefactorRequest) -> RecipeSettings:
 def _search_parameters(settings: RecipeSettings) -> Facts:
     asked = partition_settings(settings)
     return {name: getattr(asked, name) for name in ("sub_experts", "starts", "proposals", "rows", "seed")}
-
-
-def _identity(run: Run) -> Tensor:
-    return torch.arange(run.shape.neurons).expand(run.shape.experts, -1)

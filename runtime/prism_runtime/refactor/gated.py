@@ -59,7 +59,6 @@ class GatedPoints:
 
     def finish(self, perms: Sequence[Tensor], checkpoint: Path) -> Finished:
         """Fit, measure, and write the sidecar beside the permuted `checkpoint`; points in manifest order."""
-        self._perms = perms
         self._calibration.masked.permute(perms)
         fitted = {permille: self._point(permille) for permille in self._budgets}
         measured = self._quality(fitted)
@@ -112,7 +111,7 @@ class GatedPoints:
     def _fit_gate(self, layer: int) -> Output:
         calibration = self._calibration
         gate = fit_log_ridge(
-            calibration.experts[layer].permuted(self._perms[layer]),
+            calibration.masked.experts[layer],
             calibration.rows[layer],
             calibration.forms[layer],
             self._run.shape.sub_experts,

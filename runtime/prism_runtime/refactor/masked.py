@@ -99,7 +99,10 @@ Visit = Callable[[LayerInput], Tensor]
 
 
 def layer_experts(model: PreTrainedModel) -> list[Experts]:
-    """The experts of every MoE layer, copied to float32. Raises UnsupportedModel if there is none."""
+    """The experts of every MoE layer: views of a float32 model's weights, copies of any other's.
+
+    Raises UnsupportedModel if there is none.
+    """
     return [_unpacked(module) for _, module in experts_modules(model)]
 
 
@@ -125,15 +128,19 @@ def combine(experts: Experts, rows: LayerRows, activations: Tensor, router_weigh
 
 
 class MaskedModel:
-    """A stock model, at full budget or under a method. The model is left as it was between calls."""
+    """A stock model, at full budget or under a method. The model is left as it was between calls.
+
+    source   experts as the model has them, in its memory
+    experts  the same in the order of the last partition: beside the model, one copy of the experts at most
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises UnsupportedModel for a model without supported experts."""
         self._model = model
         self._modules = [module for _, module in experts_modules(model)]
         self._norms = block_norms(model)
-        self._source = layer_experts(model)
-        self.experts = self._source
+        self.source: Sequence[Experts] = layer_experts(model)
+        self.experts = list(self.source)
         self.reset()
 
     @property
@@ -142,7 +149,10 @@ class MaskedModel:
 
     def permute(self, perms: Sequence[Tensor]) -> None:
         """Put every expert's neurons in the order of a partition of the source, [E, C] a layer."""
-        self.experts = [experts.permuted(perm) for experts, perm in zip(self._source, perms, strict=True)]
+        for layer, (source, perm) in enumerate(zip(self.source, perms, strict=True)):
+            self.experts[layer] = source  # lets go of this layer's last order before the next one is made
+            if not torch.equal(perm.long(), torch.arange(perm.shape[1]).expand_as(perm)):
+                self.experts[layer] = source.permuted(perm)
 
     def reset(self) -> None:
         """Forget what earlier calls cost."""
@@ -248,11 +258,16 @@ def capture(
 
 
 def _unpacked(module: nn.Module) -> Experts:
-    gate, up, down = (projection.float().contiguous() for projection in fused_projections(module))
+    gate, up, down = (_rows_at_hand(projection.float()) for projection in fused_projections(module))
     biases = fused_biases(module)
     if biases is not None:
         biases = (biases[0].float(), biases[1].float(), biases[2].float())
     return Experts(gate, up, down, biases, activation_of(module))
+
+
+def _rows_at_hand(projection: Tensor) -> Tensor:
+    """The projection, copied only where neither its rows nor its columns are contiguous: products would copy it."""
+    return projection if 1 in projection.stride()[1:] else projection.contiguous()
 
 
 def token_ids(batch: Sequence[TokenSequence]) -> Tensor:

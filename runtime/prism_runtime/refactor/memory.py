@@ -27,7 +27,7 @@ def memory_needed(source: Path, *, whole_experts: bool, tokens: int, length: int
     row = FLOAT32 * (config.hidden_size + 1) + (FLOAT32 + INT64) * config.num_experts_per_tok
     # The pass that captures rows holds those of all layers; later stages read two layers at a time.
     captured = {
-        "experts in float32, twice": 2 * FLOAT32 * 3 * config.hidden_size * neurons,
+        "experts in the order of the partition": FLOAT32 * 3 * config.hidden_size * neurons,
         "calibration rows": tokens * layers * row,
     }
     return (captured if whole_experts else {}) | {

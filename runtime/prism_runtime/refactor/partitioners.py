@@ -109,7 +109,7 @@ class SwapPartitioner(_Expertwise):
 
     def prepare(self) -> None:
         self._calibration.ensure_metric()
-        _ = self._calibration.experts, self._calibration.limits
+        _ = self._calibration.masked, self._calibration.limits
 
     def stage(self, task: PartitionTask) -> Stage:
         return Stage.of(task.name, {"policy": "prism"}, self._calibration.limits_stage)
@@ -159,7 +159,6 @@ class CentredPartitioner(_Expertwise):
     def _measure_centre(self) -> Output:
         calibration, settings = self._calibration, self._calibration.settings
         self._run.reporter.say("measure what half a budget drops")
-        _ = calibration.experts
         calibration.masked.permute(self._perms)
         tokens = [calibration.token_factor(layer) for layer in range(len(self._perms))]
         gates = fit_gates(calibration.masked, calibration.rows, calibration.forms, tokens, settings)
@@ -184,7 +183,7 @@ class PaperPartitioner:
 
     def prepare(self) -> None:
         self._calibration.ensure_rows()
-        _ = self._calibration.experts
+        _ = self._calibration.masked
 
     def tasks(self) -> Sequence[PartitionTask]:
         shape = self._run.shape
