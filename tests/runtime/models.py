@@ -8,12 +8,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prism_api.manifest import Calibration, Manifest, MeasuredPoint, Shape, SourceModel
+from prism_runtime.engine.blocks import blocks_for
 from prism_runtime.engine.engine import Engine
 from prism_runtime.engine.experts_hook import experts_modules
+from prism_runtime.engine.model import Chunk
 from prism_runtime.engine.types import Event, Finished, Plan, Request, Sampling, Token
 from prism_runtime.kernels.plan import PlanTables
 
 VOCABULARY = 96
+CONTEXT = 96
 LAYERS = 2
 SUB_EXPERTS = 4
 COUNTS = (1, 2, 4)
@@ -125,8 +128,14 @@ def tiny_manifest() -> Manifest:
 def tiny_engine(architecture: str = "qwen3_moe", stock: PreTrainedModel | None = None, **settings: Any) -> Engine:
     """An engine over `stock`, or over the tiny model of that architecture."""
     tables = PlanTables.uniform(COUNTS, LAYERS, SUB_EXPERTS)
-    settings = {"max_sequences": 4, "max_context_tokens": 96, **settings}
+    settings = {"max_sequences": 4, "max_context_tokens": CONTEXT, **settings}
     return Engine(stock or tiny_model(architecture), tables, tiny_manifest(), tokenizer=None, **settings)
+
+
+def chunk(place: int, start: int, tokens: Sequence[int], service_class: int = 0) -> Chunk:
+    """Tokens of a sequence whose blocks are those of the `place`-th context of a tiny engine."""
+    blocks = blocks_for(CONTEXT)
+    return Chunk(range(place * blocks, (place + 1) * blocks), start, tokens, service_class)
 
 
 def request(name: str, prompt: Sequence[int], max_tokens: int = 8, **settings: Any) -> Request:

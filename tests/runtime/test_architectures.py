@@ -8,12 +8,12 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prism_runtime.engine.experts_hook import UnsupportedModel, pack
-from prism_runtime.engine.model import Chunk
 from tests.runtime.models import (
     ARCHITECTURES,
     BASE,
     COUNTS,
     SUB_EXPERTS,
+    chunk,
     masked_model,
     prompts,
     request,
@@ -36,7 +36,7 @@ def test_full_budget_gives_the_logits_of_the_stock_model(architecture: str) -> N
     (prompt,) = prompts([23])
     with torch.inference_mode():
         expected = tiny_model(architecture)(torch.tensor([prompt]), use_cache=False).logits[0, -1]
-    logits = tiny_engine(architecture).model.logits([Chunk(0, 0, prompt, 0)])[0]
+    logits = tiny_engine(architecture).model.logits([chunk(0, 0, prompt, 0)])[0]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -58,9 +58,9 @@ def test_smaller_budget_gives_the_logits_of_the_dense_model_without_the_other_ne
 ) -> None:
     (prompt,) = prompts([23])
     engine = tiny_engine(architecture)
-    full = engine.model.logits([Chunk(0, 0, prompt, 0)])[0]
+    full = engine.model.logits([chunk(0, 0, prompt, 0)])[0]
     engine.model.plan.write([point])
-    logits = engine.model.logits([Chunk(0, 0, prompt, 0)])[0]
+    logits = engine.model.logits([chunk(0, 0, prompt, 0)])[0]
     with torch.inference_mode():
         stock = masked_model(architecture, COUNTS[point])
         expected = stock(torch.tensor([prompt]), use_cache=False).logits[0, -1]
@@ -72,12 +72,12 @@ def test_smaller_budget_gives_the_logits_of_the_dense_model_without_the_other_ne
 @pytest.mark.parametrize("lengths", [(12, 9, 11, 10), (30, 4, 25, 5)])
 def test_chunks_of_any_length_in_any_slots_get_their_own_logits(slots: tuple[int, ...], lengths: list[int]) -> None:
     engine, texts = tiny_engine(), prompts(lengths)
-    together = engine.model.logits([Chunk(slot, 0, text, 0) for slot, text in zip(slots, texts, strict=True)])
-    following = engine.model.logits([Chunk(slot, len(text), (7,), 0) for slot, text in zip(slots, texts, strict=True)])
+    together = engine.model.logits([chunk(slot, 0, text, 0) for slot, text in zip(slots, texts, strict=True)])
+    following = engine.model.logits([chunk(slot, len(text), (7,), 0) for slot, text in zip(slots, texts, strict=True)])
     for row, text in enumerate(texts):
         alone = tiny_engine()
-        torch.testing.assert_close(together[row], alone.model.logits([Chunk(0, 0, text, 0)])[0], rtol=1e-4, atol=1e-4)
-        expected = alone.model.logits([Chunk(0, len(text), (7,), 0)])[0]
+        torch.testing.assert_close(together[row], alone.model.logits([chunk(0, 0, text, 0)])[0], rtol=1e-4, atol=1e-4)
+        expected = alone.model.logits([chunk(0, len(text), (7,), 0)])[0]
         torch.testing.assert_close(following[row], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -86,7 +86,7 @@ def test_bfloat16_engine_follows_the_bfloat16_stock_model() -> None:
     (prompt,) = prompts([20])
     with torch.inference_mode():
         expected = stock(torch.tensor([prompt]), use_cache=False).logits[0, -1].float()
-    logits = tiny_engine(stock=tiny_model("qwen3_moe").bfloat16()).model.logits([Chunk(0, 0, prompt, 0)])[0]
+    logits = tiny_engine(stock=tiny_model("qwen3_moe").bfloat16()).model.logits([chunk(0, 0, prompt, 0)])[0]
     assert torch.corrcoef(torch.stack((logits, expected)))[0, 1] > 0.999
 
 
@@ -95,7 +95,7 @@ def test_realised_budget_is_the_share_of_sub_experts_that_ran() -> None:
     for point, count in enumerate(COUNTS):
         engine.model.plan.write([point])
         engine.model.plan.reset_counters()
-        engine.model.logits([Chunk(0, 0, prompts([9])[0], 0), Chunk(1, 0, prompts([6])[0], 0)])
+        engine.model.logits([chunk(0, 0, prompts([9])[0], 0), chunk(1, 0, prompts([6])[0], 0)])
         assert engine.model.plan.realised_budget == count / SUB_EXPERTS
 
 

@@ -128,8 +128,10 @@ def test_row_whose_logits_are_not_finite_fails_alone_and_leaves_its_slot_usable(
 
     def poison_with_nan(stock_forward: Any, *args: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         output = stock_forward(*args, input_ids=input_ids, **kwargs)
+        poisoned = engine.scheduler.running["poison"].context
+        assert poisoned
         for keys in engine.model.cache._keys.values():
-            keys[1] = torch.nan
+            keys[poisoned.blocks] = torch.nan
         output.last_hidden_state[(input_ids == POISON).any(1)] = torch.nan
         return output
 

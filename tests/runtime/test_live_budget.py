@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from prism_runtime.engine.model import Chunk
 from prism_runtime.engine.types import Plan, Token
 from tests.runtime.models import (
     COUNTS,
+    chunk,
     endings,
     masked_model,
     prompts,
@@ -26,7 +26,7 @@ def test_classes_at_different_points_share_a_batch_and_each_gets_its_own_logits(
     engine = tiny_engine(architecture, classes=3)
     engine.model.plan.write([FULL, HALF, 0])
     texts = prompts([12, 9, 11])
-    logits = engine.model.logits([Chunk(slot, 0, text, slot) for slot, text in enumerate(texts)])
+    logits = engine.model.logits([chunk(slot, 0, text, slot) for slot, text in enumerate(texts)])
     for row, (text, count) in enumerate(zip(texts, (COUNTS[FULL], COUNTS[HALF], COUNTS[0]), strict=True)):
         with torch.inference_mode():
             expected = masked_model(architecture, count)(torch.tensor([text]), use_cache=False).logits[0, -1]

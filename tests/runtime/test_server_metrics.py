@@ -27,6 +27,8 @@ def test_vllm_names_carry_the_values_of_the_run() -> None:
             metrics = await served.metrics()
             values = [metrics[f'{name}{{model_name="{MODEL}"}}'] for name in VLLM_SAMPLES]
             assert values == [0, 0, 0, 0, 0, 15, 12, 3, 3, 3]
+            assert metrics[f'vllm:prefix_cache_queries_total{{model_name="{MODEL}"}}'] == 50
+            assert metrics[f'vllm:prefix_cache_hits_total{{model_name="{MODEL}"}}'] == 32
             assert metrics['vllm:cache_config_info{block_size="16",num_gpu_blocks="128"}'] == 1
 
     asyncio.run(scenario())
@@ -55,6 +57,9 @@ def test_prism_names_carry_the_values_of_the_run() -> None:
                 "prism_runtime_envelope_ttl_seconds": 0,
                 'prism_runtime_envelope_state{state="Unmanaged"}': 1,
                 "prism_runtime_steps_total": 4,
+                'prism_runtime_kv_blocks{state="used"}': 0,
+                'prism_runtime_kv_blocks{state="kept"}': 3,
+                'prism_runtime_kv_blocks{state="free"}': 125,
             }
             assert {name: metrics.get(name) for name in expected} == expected
 

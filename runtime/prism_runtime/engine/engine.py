@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from prism_api.manifest import Manifest
 from prism_api.points import Ladder
-from prism_runtime.engine.cache import BLOCK_TOKENS, BlockBudget, blocks_for
+from prism_runtime.engine.blocks import BlockPool, blocks_for
 from prism_runtime.engine.drift import DriftGuard
 from prism_runtime.engine.model import Chunk, ElasticModel, load_pretrained
+from prism_runtime.engine.prefix_cache import BLOCK_TOKENS
 from prism_runtime.engine.sampler import History, log_probabilities, sample
 from prism_runtime.engine.scheduler import Scheduler, Slice, context_tokens
 from prism_runtime.engine.types import (
@@ -72,12 +73,12 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_context_tokens = max_context_tokens
         self.vocabulary_size: int = model.config.get_text_config().vocab_size
+        blocks = max_sequences * blocks_for(max_context_tokens) if kv_tokens is None else kv_tokens // BLOCK_TOKENS
         self.model = ElasticModel(
             model,
             tables,
             classes=classes,
-            slots=max_sequences,
-            max_context_tokens=max_context_tokens,
+            blocks=blocks,
             gates=gates,
         )
         self.drift = DriftGuard(
@@ -87,9 +88,7 @@ class Engine:
                 if mode == THRESHOLD
             }
         )
-        slot_tokens = max_sequences * blocks_for(max_context_tokens) * BLOCK_TOKENS
-        budget = BlockBudget(max_sequences, slot_tokens if kv_tokens is None else kv_tokens)
-        self.scheduler = Scheduler(budget, prefill_tokens_per_step, seed)
+        self.scheduler = Scheduler(BlockPool(blocks), max_sequences, prefill_tokens_per_step, seed)
         self.plan = Plan(version=0, class_point=(len(self.ladder) - 1,) * classes)
         self._lock = threading.Lock()
         self._submitted: deque[Request] = deque()
@@ -198,10 +197,19 @@ class Engine:
             return bool(self._in_flight)
 
     def load(self) -> EngineLoad:
-        """Queue and cache as of the last step; blocks are counted as reserved, which is what admission waits for."""
+        """Queue and cache as of the last step."""
         with self._lock:
-            running, budget = len(self.scheduler.running), self.scheduler.budget
-            return EngineLoad(running, len(self._in_flight) - running, budget.blocks, budget.used, preemptions=0)
+            running, pool, counts = len(self.scheduler.running), self.scheduler.pool, self.scheduler.counts
+            return EngineLoad(
+                running=running,
+                waiting=len(self._in_flight) - running,
+                kv_blocks=pool.blocks,
+                kv_blocks_used=pool.used,
+                preemptions=counts.preemptions,
+                kv_blocks_kept=pool.prefixes.kept,
+                prompt_tokens=counts.prompt_tokens,
+                prompt_tokens_known=counts.prompt_tokens_known,
+            )
 
     # -- on the stepping thread ---------------------------------------------------------------------------------
 
@@ -212,13 +220,13 @@ class Engine:
         raises ends as FAILED; the others go on.
         """
         events: list[Event] = self._take_arrivals()
-        decode, prefill = self.scheduler.schedule()
+        decode, prefill = self.scheduler.schedule(self.plan.class_point, len(self.ladder))
         context = sum(piece.sequence.cached for piece in decode)
         decoded, failed_decode = self._run(decode)
         prefilled, failed_prefill = self._run(prefill)
         self._hold_budgets()
         for piece, error in (*failed_decode, *failed_prefill):
-            self.model.cache.clear(piece.sequence.slot)
+            self.model.cache.clear(self.scheduler.unfinished_blocks(piece))
             events.append(self._finish(piece, FinishReason.FAILED, error))
         events += self._sample([*decoded, *prefilled])
         return StepReport(
@@ -276,7 +284,7 @@ class Engine:
         """Advance the sequences by what ran; one token for each slice that completes its sequence."""
         complete = [(piece, row) for piece, row in ran if piece.completes]
         for piece, _ in ran:
-            piece.sequence.cached += piece.length
+            self.scheduler.advance(piece, self.plan.class_point[piece.sequence.request.service_class])
         if not complete:
             return
         sequences = [piece.sequence for piece, _ in complete]
@@ -316,7 +324,8 @@ def _history(piece: Slice) -> History:
 def _chunk(piece: Slice) -> Chunk:
     sequence = piece.sequence
     tokens = sequence.tokens[sequence.cached : sequence.cached + piece.length]
-    return Chunk(sequence.slot, sequence.cached, tokens, sequence.request.service_class)
+    assert sequence.context, "what runs has memory"
+    return Chunk(sequence.context.blocks, sequence.cached, tokens, sequence.request.service_class)
 
 
 def _check_limits(

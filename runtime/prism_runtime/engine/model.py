@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from prism_runtime.engine.cache import CacheRows, SlotCache
+from prism_runtime.engine.blocks import blocks_for
+from prism_runtime.engine.cache import CacheRows, PagedCache
 from prism_runtime.engine.experts_hook import UnsupportedModel, bind_gates, bind_plan, experts_modules, pack
 from prism_runtime.kernels.contract import GatedLayer, kernel_of_device
 from prism_runtime.kernels.plan import PADDING, PlanTables, PlanTensor
@@ -22,9 +23,9 @@ LAYER_TYPES = {FULL_ATTENTION, SLIDING_ATTENTION}
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive tokens of one sequence to run through the model: `tokens` stand at `start`, in cache slot `slot`."""
+    """Consecutive tokens of one sequence to run through the model: `tokens` stand at `start` of what `blocks` hold."""
 
-    slot: int
+    blocks: Sequence[int]
     start: int
     tokens: Sequence[int]
     service_class: int
@@ -53,8 +54,7 @@ class ElasticModel:
         tables: PlanTables,
         *,
         classes: int,
-        slots: int,
-        max_context_tokens: int,
+        blocks: int,
         gates: Sequence[GatedLayer] = (),
     ) -> None:
         self.config = model.config.get_text_config()
@@ -71,7 +71,7 @@ class ElasticModel:
         self.model = model.eval()
         self.plan = PlanTensor(tables, classes, model.device)
         bind_plan(model, self.plan)
-        self.cache = SlotCache(slots, max_context_tokens)
+        self.cache = PagedCache(blocks)
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -96,9 +96,8 @@ class ElasticModel:
             for chunk, length, pad in zip(chunks, lengths, pads, strict=True)
             for service_class in (*[chunk.service_class] * length, *[PADDING] * pad)
         ]
-        valid = torch.tensor([i for i, c in enumerate(row_class) if c != PADDING]) if any(pads) else None
-        length = max(span.stop for span in spans)
-        self.cache.attach(CacheRows([chunk.slot for chunk in chunks], positions, valid, length))
+        padding = torch.tensor([c == PADDING for c in row_class]).view_as(positions) if any(pads) else None
+        length = self.cache.attach(CacheRows([_table(chunk) for chunk in chunks], positions, padding))
         self.plan.attach_rows(row_class)
         hidden = self.model.base_model(
             input_ids=torch.tensor(ids, device=device),
@@ -130,11 +129,16 @@ class ElasticModel:
 
 
 def _similar_lengths(chunks: Sequence[Chunk]) -> list[list[int]]:
-    """Indices of chunks that share a forward, in the order of their slots: the longest is at most twice the shortest,
-    so at most half of a padded forward is padding."""
+    """Indices of chunks that share a forward: the longest is at most twice the shortest, so at most half of a padded
+    forward is padding."""
     groups: list[list[int]] = []
     for i in sorted(range(len(chunks)), key=lambda i: len(chunks[i].tokens)):
         if not groups or len(chunks[i].tokens) > 2 * len(chunks[groups[-1][0]].tokens):
             groups.append([])
         groups[-1].append(i)
-    return [sorted(group, key=lambda i: chunks[i].slot) for group in groups]
+    return [sorted(group) for group in groups]
+
+
+def _table(chunk: Chunk) -> Sequence[int]:
+    """The blocks up to the chunk's last token: a sequence may hold more already."""
+    return chunk.blocks[: blocks_for(chunk.start + len(chunk.tokens))]

@@ -117,11 +117,17 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
+    """Blocks are used by sequences, or kept unused for prompts that begin with what they hold. Counts are since the
+    start; of `prompt_tokens`, as many as `prompt_tokens_known` were found in kept blocks and not computed."""
+
     running: int
     waiting: int
     kv_blocks: int
     kv_blocks_used: int
     preemptions: int
+    kv_blocks_kept: int = 0
+    prompt_tokens: int = 0
+    prompt_tokens_known: int = 0
 
 
 class Rejected(ValueError):

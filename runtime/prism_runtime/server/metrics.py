@@ -131,7 +131,9 @@ class LiveState(Collector):
         yield gauge("num_requests_running", "Requests that decode.", load.running)
         yield gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", used)
         yield gauge("gpu_cache_usage_perc", "Older name of vllm:kv_cache_usage_perc.", used)
-        yield counter("num_preemptions", "Preempted requests.", load.preemptions)
+        yield counter("num_preemptions", "Requests stopped for want of memory, to go on later.", load.preemptions)
+        yield counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", load.prompt_tokens)
+        yield counter("prefix_cache_hits", "Prompt tokens found there and not computed.", load.prompt_tokens_known)
         yield counter("prompt_tokens", "Prompt tokens taken in.", sum(t.prompt_tokens for t in totals))
         yield counter("generation_tokens", "Tokens generated.", sum(t.output_tokens for t in totals))
         cache = GaugeMetricFamily(
@@ -139,6 +141,15 @@ class LiveState(Collector):
         )
         cache.add_metric([str(self._block_tokens), str(load.kv_blocks)], 1)
         yield cache
+        blocks = GaugeMetricFamily(
+            "prism_runtime_kv_blocks",
+            "Blocks of the KV cache: used by requests, kept for prompts that begin alike, free.",
+            labels=["state"],
+        )
+        free = load.kv_blocks - load.kv_blocks_used - load.kv_blocks_kept
+        for state, count in (("used", load.kv_blocks_used), ("kept", load.kv_blocks_kept), ("free", free)):
+            blocks.add_metric([state], count)
+        yield blocks
 
     def _classes(self) -> Iterator[Metric]:
         tokens = CounterMetricFamily(

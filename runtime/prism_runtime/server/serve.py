@@ -11,10 +11,10 @@ from pathlib import Path
 
 from prism_api.base import NAME_PATTERN
 from prism_api.manifest import MANIFEST_NAME
-from prism_runtime.engine.cache import BLOCK_TOKENS
 from prism_runtime.engine.engine import Engine
 from prism_runtime.engine.governor import CLASS_SLOTS
 from prism_runtime.engine.pace import PaceError, Pacer, load_profile
+from prism_runtime.engine.prefix_cache import BLOCK_TOKENS
 from prism_runtime.engine.profiling import Limits, measure_profile
 from prism_runtime.server import logs
 from prism_runtime.server.app import ServingProcess, read_eos_token_ids

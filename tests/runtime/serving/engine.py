@@ -128,7 +128,7 @@ class ScriptedEngine:
         return bool(self._waiting or self._running)
 
     def load(self) -> EngineLoad:
-        return EngineLoad(len(self._running), len(self._waiting), 128, 2 * len(self._running), 0)
+        return EngineLoad(len(self._running), len(self._waiting), 128, 2 * len(self._running), 0, 3, 50, 32)
 
     def step(self) -> StepReport:
         if self._pending:
