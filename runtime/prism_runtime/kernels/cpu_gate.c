@@ -16,10 +16,10 @@
 typedef float lanes __attribute__((vector_size(64), aligned(4)));
 
 typedef struct {
-    int64_t rows, top_k, experts, sub_experts, hidden;
-    int64_t rank;       // of the compensation, 0 for none
-    int64_t cap;        // most cells of a row, 0 for no limit
-    float tau, kappa;   // log threshold; kappa below 0 evaluates every gate output
+    int64_t rows, top_k, experts, sub_experts, neurons, hidden;  // neurons of a sub-expert
+    int64_t rank;                                                // of the compensation, 0 for none
+    int64_t cap;                                                 // most cells of a row, 0 for no limit
+    float tau, kappa;  // log threshold; kappa below 0 evaluates every gate output
 } shape;
 
 // Pointers may be null where the shape or the gate has no such part. Layouts as in contract.GateWeights and
@@ -29,14 +29,21 @@ typedef struct {
     const float *a, *u, *c;
 } fitted;
 
-// Cells run, gate outputs evaluated, cells dropped, slots routed here.
+// Counters of the plan that the call adds to, see plan.PlanTensor; `spent` is the row of the point.
 typedef struct {
-    int64_t ran, outputs, dropped, slots;
-} tally;
+    int64_t *ran, *routed;
+    double *extra, *spent;
+} counters;
 
 static float dot(const float *x, const float *w, int64_t width) {
-    lanes sums = {0};
-    for (int64_t c = 0; c < width; c += LANES) sums += *(const lanes *)(x + c) * *(const lanes *)(w + c);
+    lanes sums = {0}, others = {0};  // two, as one would wait for its own last sum
+    int64_t c = 0;
+    for (; c + LANES < width; c += 2 * LANES) {
+        sums += *(const lanes *)(x + c) * *(const lanes *)(w + c);
+        others += *(const lanes *)(x + c + LANES) * *(const lanes *)(w + c + LANES);
+    }
+    if (c < width) sums += *(const lanes *)(x + c) * *(const lanes *)(w + c);
+    sums += others;
     for (int step = LANES / 2; step; step /= 2)
         for (int i = 0; i < step; i++) sums[i] += sums[i + step];
     return sums[0];
@@ -83,11 +90,11 @@ static void compensate(const shape *s, const fitted *f, const float *x, const in
 }
 
 // For the `count` rows in `rows`: writes their cells of `keep` [T, K, N], adds to their rows of `added` [T, H] if there
-// is a compensation, and adds to `total`. `score` holds K * N floats.
+// is a compensation, and charges what `gating.choose_cells` charges. `score` holds K * N floats.
 void prism_threshold_cells(const shape *s, const fitted *f, const int64_t *rows, int64_t count, const float *hidden,
                            const int64_t *expert_ids, const float *router_weights, const float *residual_rms,
-                           uint8_t *keep, float *added, float *score, tally *total) {
-    int64_t subs = s->sub_experts, cells = s->top_k * subs;
+                           uint8_t *keep, float *added, float *score, const counters *charged) {
+    int64_t subs = s->sub_experts, cells = s->top_k * subs, ran = 0, outputs = 0, routed = 0;
     for (int64_t i = 0; i < count; i++) {
         int64_t row = rows[i], heaviest = -1, kept = 0, slots = 0;
         const float *x = hidden + row * s->hidden, *router = router_weights + row * s->top_k;
@@ -106,7 +113,7 @@ void prism_threshold_cells(const shape *s, const fitted *f, const int64_t *rows,
                 float predicted = f->mean[cell];
                 if (s->kappa < 0 || fabsf(s->tau - scale - predicted) < s->kappa * f->deviation[cell]) {
                     predicted = f->bias[cell] + dot(x, f->weight + cell * s->hidden, s->hidden);
-                    total->outputs++;
+                    outputs++;
                 }
                 score[k * subs + n] = predicted + scale;
                 mine[k * subs + n] = score[k * subs + n] >= s->tau;
@@ -115,15 +122,20 @@ void prism_threshold_cells(const shape *s, const fitted *f, const int64_t *rows,
         }
         if (heaviest >= 0 && !mine[heaviest * subs]) mine[heaviest * subs] = 1, kept++;
         if (s->cap && kept > s->cap) cut_to_cap(mine, score, heaviest * subs, cells, s->cap), kept = s->cap;
-        total->ran += kept, total->dropped += slots * subs - kept, total->slots += slots;
+        ran += kept, routed += slots * subs;
         if (s->rank) compensate(s, f, x, ids, router, mine, added + row * s->hidden);
     }
+    int64_t width = s->hidden, multiply_adds = outputs * width + s->rank * (routed - ran);
+    multiply_adds += count * ((f->token != 0) + 2 * s->rank) * width;
+    double extra = (double)multiply_adds / (3 * s->neurons * width);
+    *charged->ran += ran, *charged->routed += routed, *charged->extra += extra;
+    charged->spent[0] += ran + extra, charged->spent[1] += routed;
 }
 
 // For every row: the first `counts` [T, R] sub-experts of its experts, by the rank of their router weight; R is K, or 1
 // where all ranks get the same. Writes all of `keep`; slots of rows without sub-experts are not counted as routed.
 void prism_prefix_cells(const shape *s, const int32_t *counts, int64_t ranks, const int64_t *expert_ids,
-                        const float *router_weights, uint8_t *keep, tally *total) {
+                        const float *router_weights, uint8_t *keep, const counters *charged) {
     for (int64_t row = 0; row < s->rows; row++) {
         const float *router = router_weights + row * s->top_k;
         const int32_t *count = counts + row * ranks;
@@ -133,7 +145,7 @@ void prism_prefix_cells(const shape *s, const int32_t *counts, int64_t ranks, co
                 place += router[other] > router[k] || (router[other] == router[k] && other < k);
             int64_t some = ours ? count[place] : 0;
             for (int64_t n = 0; n < s->sub_experts; n++) keep[slot * s->sub_experts + n] = n < some;
-            total->ran += some, total->slots += ours && count[0] > 0;
+            *charged->ran += some, *charged->routed += (ours && count[0] > 0) * s->sub_experts;
         }
     }
 }

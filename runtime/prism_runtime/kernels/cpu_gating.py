@@ -2,7 +2,7 @@
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -17,13 +17,18 @@ SOURCE = Path(__file__).with_name("cpu_gate.c")
 FLAGS = ("-Wno-psabi",)
 EVERY_OUTPUT = -1.0
 """A kappa of cpu_gate.c: decides no cell by the mean."""
+LAYERS_TIMES_POINTS = 4096
+"""Whose pointers are kept: gathering them takes as long as using them."""
+
+
+SIZES = ("rows", "top_k", "experts", "sub_experts", "neurons", "hidden", "rank", "cap")
 
 
 class _Shape(ctypes.Structure):
     """`shape` of cpu_gate.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "top_k", "experts", "sub_experts", "hidden", "rank", "cap")),
+        *((name, ctypes.c_int64) for name in SIZES),
         *((name, ctypes.c_float) for name in ("tau", "kappa")),
     )
 
@@ -36,10 +41,10 @@ class _Fitted(ctypes.Structure):
     )
 
 
-class _Tally(ctypes.Structure):
-    """`tally` of cpu_gate.c."""
+class _Counters(ctypes.Structure):
+    """`counters` of cpu_gate.c."""
 
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("ran", "outputs", "dropped", "slots"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("ran", "routed", "extra", "spent"))
 
 
 def cells_to_run(
@@ -58,34 +63,35 @@ def cells_to_run(
         return gating.cells_to_run(hidden, expert_ids, router_weights, layer, plan, weights, gated, residual_rms)
     library = _library()
     assert library is not None, "callers ask `available` first"
-    (tokens, top_k), (experts, sub_experts, _, width) = expert_ids.shape, weights.w1.shape
-    shape = _Shape(tokens, top_k, experts, sub_experts, width)
+    (tokens, top_k), (experts, sub_experts, doubled, width) = expert_ids.shape, weights.w1.shape
+    shape = _Shape(tokens, top_k, experts, sub_experts, doubled // 2, width)
     ids, router = expert_ids.long().contiguous(), router_weights.float().contiguous()
     keep = torch.empty(tokens, top_k, sub_experts, dtype=torch.bool)
+    charged = _Counters(*(tensor.data_ptr() for tensor in (plan.ran, plan.routed, plan.extra, plan.spent)))
     if sum(map(len, points.values())) < tokens:
-        counts, tally = plan.row_counts(layer).contiguous(), _Tally()
+        counts = plan.row_counts(layer).contiguous()
         ranks = ctypes.c_int64(counts.shape[1])
         library.prism_prefix_cells(
-            ctypes.byref(shape), _at(counts), ranks, _at(ids), _at(router), _at(keep), ctypes.byref(tally)
+            ctypes.byref(shape), _at(counts), ranks, _at(ids), _at(router), _at(keep), ctypes.byref(charged)
         )
-        plan.ran += tally.ran
-        plan.routed += tally.slots * sub_experts
     if not points:
         return keep, None
     gated, residual_rms = gating.require_gate(gated, residual_rms)
-    rows_of_layer = _Rows(hidden.float().contiguous(), ids, router, residual_rms.contiguous(), keep)
+    x, rms = hidden.float().contiguous(), residual_rms.contiguous()
     compensated = any(point in gated.compensation for point in points)
     added = torch.zeros(tokens, width) if compensated or weights.b2 is not None else None
+    score = torch.empty(top_k * sub_experts)
     for point, rows in points.items():
+        fitted, shape.kappa, shape.rank = _fitted(gated.gate, gated.compensation.get(point))
         shape.tau, shape.cap = float(plan.threshold(point, layer)), plan.cap_of(point)
-        tally = _threshold_cells(library, shape, rows, rows_of_layer, gated.gate, gated.compensation.get(point), added)
+        charged.spent = plan.spent[point].data_ptr()
+        library.prism_threshold_cells(
+            *(ctypes.byref(shape), ctypes.byref(fitted.pointers), _at(rows), ctypes.c_int64(len(rows))),
+            *(_at(x), _at(ids), _at(router), _at(rms), _at(keep), _at(added), _at(score), ctypes.byref(charged)),
+        )
         if weights.b2 is not None and added is not None:
             valid = ids[rows] < experts
             added[rows] += gating.silent_biases(ids[rows], router[rows], valid, keep[rows], weights.b2)
-        multiply_adds = tally.outputs * width + len(rows) * width * (gated.gate.token is not None)
-        multiply_adds += 2 * shape.rank * width * len(rows) + shape.rank * tally.dropped
-        extra = multiply_adds / (3 * width * weights.w2.shape[2])
-        plan.charge(point, tally.ran, extra, tally.slots * sub_experts)
     return keep, added
 
 
@@ -95,42 +101,22 @@ def available() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """One layer's rows, contiguous: hidden [T, H], ids and weights of the router [T, K], rms [T], keep [T, K, N]."""
+class _Held:
+    """Pointers, and the tensors that they point into."""
 
-    hidden: Tensor
-    expert_ids: Tensor
-    router_weights: Tensor
-    rms: Tensor
-    keep: Tensor
+    pointers: _Fitted
+    tensors: tuple[Tensor | None, ...]
 
 
-def _threshold_cells(
-    library: ctypes.CDLL,
-    shape: _Shape,
-    rows: Tensor,
-    layer: _Rows,
-    gate: GateWeights,
-    compensation: CompensationWeights | None,
-    added: Tensor | None,
-) -> _Tally:
-    """Fill in `keep` and `added` of the rows of one threshold point; `shape` has its tau and cap."""
-    shape.kappa = EVERY_OUTPUT if gate.kappa is None else gate.kappa
-    shape.rank = 0 if compensation is None else len(compensation.u)
+@lru_cache(maxsize=LAYERS_TIMES_POINTS)
+def _fitted(gate: GateWeights, compensation: CompensationWeights | None) -> tuple[_Held, float, int]:
+    """(what C reads of them, kappa, rank of the compensation); both are known by identity."""
     of_gate = gate.weight, gate.bias, gate.mean, gate.deviation, gate.token
     of_point = (None,) * 3 if compensation is None else (compensation.a, compensation.u, compensation.c)
-    held = [None if tensor is None else tensor.contiguous() for tensor in (*of_gate, *of_point)]  # until C returns
-    fitted = _Fitted(*(None if tensor is None else tensor.data_ptr() for tensor in held))
-    score, tally = torch.empty(shape.top_k * shape.sub_experts), _Tally()
-    library.prism_threshold_cells(
-        ctypes.byref(shape),
-        ctypes.byref(fitted),
-        _at(rows),
-        ctypes.c_int64(len(rows)),
-        *map(_at, (layer.hidden, layer.expert_ids, layer.router_weights, layer.rms, layer.keep, added, score)),
-        ctypes.byref(tally),
-    )
-    return tally
+    tensors = tuple(None if tensor is None else tensor.contiguous() for tensor in (*of_gate, *of_point))
+    pointers = _Fitted(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+    kappa = EVERY_OUTPUT if gate.kappa is None else gate.kappa
+    return _Held(pointers, tensors), kappa, 0 if compensation is None else len(compensation.u)
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p | None:
