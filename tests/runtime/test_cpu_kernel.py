@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_runtime.kernels import cpu_moe
+from prism_runtime.kernels.contract import ExpertWeights
 from prism_runtime.kernels.plan import PADDING, PlanTables, PlanTensor
 from prism_runtime.kernels.reference import sub_expert_moe as reference
-from tests.runtime.kernel_layers import at_threshold_and_full, by_definition, close, layers
+from tests.runtime.kernel_layers import at_threshold_and_full, by_definition, close, layers, silu_and_multiply
 
-compiled_layers = layers(dtypes=(torch.float32, torch.bfloat16), widths=(16, 48))
+compiled_layers = layers(dtypes=(torch.float32, torch.bfloat16), widths=(16, 48, 96))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,6 +33,35 @@ def test_a_row_gives_the_same_bits_in_any_company(layer, data):
     chosen = data.draw(st.lists(st.integers(0, len(hidden) - 1), min_size=1, unique=True))
     alone = cpu_moe.run_kept(hidden[chosen], ids[chosen], router[chosen], keep[chosen], weights)
     assert torch.equal(together[chosen], alone)
+
+
+def test_threads_share_the_experts_and_change_no_bit():
+    generator = torch.Generator().manual_seed(0)
+    weights = ExpertWeights(
+        torch.randn(8, 4, 128, 128, generator=generator),
+        torch.randn(8, 4, 64, 128, generator=generator),
+        *(None, None, silu_and_multiply),
+    )
+    hidden = torch.randn(24, 128, generator=generator)
+    router, ids = torch.rand(24, 8, generator=generator).topk(2)
+    keep = torch.rand(24, 2, 4, generator=generator) < 0.8
+    outputs = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            outputs.append(cpu_moe.run_kept(hidden, ids, router, keep, weights))
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert close(outputs[0], by_definition(hidden, ids, router, keep, weights))
+
+
+def test_a_forward_of_other_rows_than_the_plan_has_is_refused():
+    plan = PlanTensor(PlanTables.uniform([1], 1, 4), classes=1)
+    plan.attach_rows([0, 0])
+    weights = ExpertWeights(torch.zeros(2, 4, 16, 16), torch.zeros(2, 4, 8, 16), None, None, silu_and_multiply)
+    with pytest.raises(ValueError, match="the plan has 2 rows attached, the forward has 1"):
+        cpu_moe.sub_expert_moe(torch.zeros(1, 16), torch.tensor([[1]]), torch.ones(1, 1), 0, plan, weights)
 
 
 @settings(max_examples=50, deadline=None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from prism_runtime.kernels import huge_pages
 from prism_runtime.kernels.contract import (
     REFERENCE,
     Activation,
@@ -235,8 +236,9 @@ def _pack_weights(module: nn.Module, sub_experts: int) -> ExpertWeights:
     gate, up, down = fused_projections(module)
     experts, neurons, hidden = gate.shape
     cut = (experts, sub_experts, neurons // sub_experts)
-    w1 = torch.cat((gate.reshape(*cut, hidden), up.reshape(*cut, hidden)), 2)
-    w2 = down.reshape(*cut, hidden).contiguous()
+    w1 = huge_pages.empty((*cut[:2], 2 * cut[2], hidden), like=gate)
+    torch.cat((gate.reshape(*cut, hidden), up.reshape(*cut, hidden)), 2, out=w1)
+    w2 = huge_pages.empty((*cut, hidden), like=down).copy_(down.reshape(*cut, hidden))
     b1 = b2 = None
     if biases := fused_biases(module):
         b1 = torch.cat((biases[0].reshape(cut), biases[1].reshape(cut)), 2)

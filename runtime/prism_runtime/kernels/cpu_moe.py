@@ -18,10 +18,10 @@ from prism_runtime.kernels.contract import Activation, ExpertWeights, GatedLayer
 from prism_runtime.kernels.plan import PlanTensor
 
 SOURCE = Path(__file__).with_name("cpu_experts.c")
-FLAGS = ("-fopenmp", "-Wno-psabi")
+FLAGS = ("-pthread", "-Wno-psabi")
 MOST_ROWS_AN_EXPERT = 12
 """Above this many rows an expert, on average, torch's matrix products read each weight for more rows at once."""
-LANES = 16
+WIDTH_MULTIPLE = 16
 
 
 class _Shape(ctypes.Structure):
@@ -31,7 +31,7 @@ class _Shape(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             *("tokens", "top_k", "experts", "sub_experts", "neurons", "hidden"),
-            *("bfloat16", "activation", "threads"),
+            *("ranks", "bfloat16", "activation", "threads"),
         )
     )
 
@@ -47,8 +47,10 @@ def sub_expert_moe(
     residual_rms: Tensor | None = None,
 ) -> Tensor:
     """See `contract.SubExpertKernel`."""
-    if not _fits(expert_ids, weights):
+    if not _fits(hidden, expert_ids, weights):
         return reference.sub_expert_moe(hidden, expert_ids, router_weights, layer, plan, weights, gated, residual_rms)
+    if not plan.gated_rows:
+        return _run_prefixes(hidden, expert_ids, router_weights, layer, plan, weights)
     keep, added = cpu_gating.cells_to_run(hidden, expert_ids, router_weights, layer, plan, weights, gated, residual_rms)
     out = run_kept(hidden, expert_ids, router_weights, keep, weights)
     return out if added is None else out + added.to(out.dtype)
@@ -64,37 +66,69 @@ def run_kept(
 ) -> Tensor:
     """[T, H]: the weighted sum of the sub-experts with `keep` [T, K, N] set, whatever chose them.
 
-    Weights are float32 or bfloat16, H a multiple of 16. A row gives the same bits in any company. Uses as many threads
-    as torch. Raises MemoryError.
+    Rows and weights are both float32 or both bfloat16, H a multiple of 16. A row gives the same bits in any company.
+    Uses as many threads as torch. Raises MemoryError.
     """
+    return _call(hidden, expert_ids, router_weights, weights, keep=keep)
+
+
+def _run_prefixes(
+    hidden: Tensor, expert_ids: Tensor, router_weights: Tensor, layer: int, plan: PlanTensor, weights: ExpertWeights
+) -> Tensor:
+    """Rows at prefix points alone: the C reads the plan's counts itself, and adds to its counters."""
+    counts = plan.row_counts(layer)
+    if len(hidden) != len(counts):
+        raise ValueError(f"the plan has {len(counts)} rows attached, the forward has {len(hidden)}")
+    return _call(hidden, expert_ids, router_weights, weights, counts=counts, ran=plan.ran, routed=plan.routed)
+
+
+def _call(
+    hidden: Tensor,
+    expert_ids: Tensor,
+    router_weights: Tensor,
+    weights: ExpertWeights,
+    *,
+    keep: Tensor | None = None,
+    counts: Tensor | None = None,
+    ran: Tensor | None = None,
+    routed: Tensor | None = None,
+) -> Tensor:
     library = _library()
     assert library is not None, "callers ask `available` first"
     (tokens, top_k), (experts, sub_experts, doubled, width) = expert_ids.shape, weights.w1.shape
     shape = _Shape(
-        *(tokens, top_k, experts, sub_experts, doubled // 2, width),
+        *(tokens, top_k, experts, sub_experts, doubled // 2, width, 0 if counts is None else counts.shape[1]),
         *(weights.w1.dtype == torch.bfloat16, recognise(weights.activation), torch.get_num_threads()),
     )
-    by_slot = torch.zeros(tokens, top_k, width)
-    inputs = (hidden.float(), expert_ids.long(), keep, weights.w1, weights.w2, weights.b1, weights.b2)
-    held = [None if tensor is None else tensor.contiguous() for tensor in inputs]  # alive until the call returns
-    pointers = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in held]
-    if library.prism_experts(ctypes.byref(shape), *pointers, ctypes.c_void_p(by_slot.data_ptr())):
+    by_slot, out = torch.empty(tokens, top_k, width), torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    inputs = (
+        *(hidden, expert_ids.long(), router_weights.float(), keep, counts),
+        *(weights.w1, weights.w2, weights.b1, weights.b2),
+    )
+    # `held` keeps what is copied here alive until the call returns.
+    held = [*(None if tensor is None else tensor.contiguous() for tensor in inputs), by_slot, out, ran, routed]
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in held]
+    if library.prism_experts(ctypes.addressof(shape), *pointers):
         raise MemoryError(f"no memory to route {tokens * top_k} slots to experts")
-    return torch.einsum("tkh,tk->th", by_slot, router_weights.float()).to(hidden.dtype)
+    return out
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    return native.library(SOURCE, FLAGS)
+    library = native.library(SOURCE, FLAGS)
+    if library is not None:
+        library.prism_experts.argtypes = [ctypes.c_void_p] * 14
+    return library
 
 
-def _fits(expert_ids: Tensor, weights: ExpertWeights) -> bool:
+def _fits(hidden: Tensor, expert_ids: Tensor, weights: ExpertWeights) -> bool:
     """Whether the C can run this layer and is the faster way."""
     experts, _, _, width = weights.w1.shape
     return (
         expert_ids.numel() <= MOST_ROWS_AN_EXPERT * experts
         and weights.w1.dtype in (torch.float32, torch.bfloat16)
-        and width % LANES == 0
+        and hidden.dtype == weights.w1.dtype
+        and width % WIDTH_MULTIPLE == 0
         and _known(weights.activation)
         and available()
     )
