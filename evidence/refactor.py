@@ -31,6 +31,7 @@ from evidence.figures import ROOT, Figure, NotTaken, absent, load, measured, mer
 from evidence.refactor_bytes import BATCHES, SELECTIONS, ByteFigures
 from evidence.refactor_drift import ROTATIONS, DriftFigures
 from evidence.refactor_fits import LADDER, PAPER_SUB_EXPERTS, Fits, candidates_of, costs, perplexity, run_of, small_moe
+from evidence.refactor_smollm2 import SmolLM2Figures
 from prism_runtime.refactor.paper import Schedule
 from prism_runtime.refactor.points import PointCount, count_points, kl_at
 
@@ -43,7 +44,6 @@ FINE, COARSE = 16, 8
 
 Counts of points leave `full` out, which every method has.
 """
-SMOLLM2_SUB_EXPERTS, SMOLLM2_RANK = 48, 32
 
 
 class Models:
@@ -65,7 +65,7 @@ class Models:
         return DriftFigures(self.small, FINE)
 
     @cached_property
-    def smollm2(self) -> Fits:
+    def smollm2(self) -> SmolLM2Figures:
         if not self._with_smollm2:
             raise NotTaken("taken only with --smollm2: it downloads the model and takes hours on two cores")
         from examples.smollm2.fetch import cache_folder
@@ -78,7 +78,7 @@ class Models:
         if not folders:
             raise NotTaken(f"'{cache_folder()}' has no Mixtral checkpoint after python -m examples.smollm2")
         texts = ROOT / "examples" / "model"
-        return Fits(folders[0], texts, self._console, held=4, evaluation=4, fit=14, half=False, refit=self._refit)
+        return SmolLM2Figures(folders[0], texts, self._console, refit=self._refit)
 
 
 Values = Sequence[float | None]
@@ -182,15 +182,32 @@ def _layer_minutes(_: Models) -> Values:
     return [(layer["partition_seconds"] + layer["gate_seconds"]) / 60]
 
 
-def _smollm2(permille: int | None, models: Models) -> Values:
-    if permille is None:
-        return [perplexity(models.smollm2.full)]
-    rows = models.smollm2.prism(0, SMOLLM2_SUB_EXPERTS, (750, 500), SMOLLM2_RANK)
-    return [perplexity(rows[(750, 500).index(permille)])]
+def _smollm2_full(models: Models) -> Values:
+    return [models.smollm2.full]
 
 
-def _unmeasured(why: str, _: Models) -> Values:
-    raise NotTaken(why)
+def _smollm2(permille: int, compensated: bool, models: Models) -> Values:
+    return [perplexity(models.smollm2.recipe(permille, compensated=compensated))]
+
+
+def _smollm2_realised(permille: int, models: Models) -> Values:
+    return [1000 * models.smollm2.recipe(permille).realised]
+
+
+def _smollm2_neurons(permille: int, models: Models) -> Values:
+    return [perplexity(models.smollm2.neurons(permille))]
+
+
+def _smollm2_mix(permille: int, models: Models) -> Values:
+    return [perplexity(models.smollm2.neurons_of_slices(permille))]
+
+
+def _smollm2_mix_realised(permille: int, models: Models) -> Values:
+    return [1000 * models.smollm2.neurons_of_slices(permille).realised]
+
+
+def _of_smollm2(take: Callable[[Models], Values], unit: str = "perplexity") -> Collector:
+    return Collector(unit, take, (0,), f"{COMMAND} --smollm2")
 
 
 COLLECTORS = {
@@ -220,12 +237,19 @@ COLLECTORS = {
     },
     "drift.realised_error_permille": Collector("permille", partial(_drift, True), ROTATIONS),
     "drift.unguarded_error_permille": Collector("permille", partial(_drift, False), ROTATIONS),
-    "smollm2.ppl.neuron.b750": Collector(
-        "perplexity", partial(_unmeasured, "refactor/gate_first.py is the method; no program here fits it yet"), ()
-    ),
-    "smollm2.ppl.full": Collector("perplexity", partial(_smollm2, None), (), f"{COMMAND} --smollm2"),
-    "smollm2.ppl.b750": Collector("perplexity", partial(_smollm2, 750), (0,), f"{COMMAND} --smollm2"),
-    "smollm2.ppl.b500": Collector("perplexity", partial(_smollm2, 500), (0,), f"{COMMAND} --smollm2"),
+    "smollm2.ppl.full": _of_smollm2(_smollm2_full),
+    **{f"smollm2.ppl.b{permille}": _of_smollm2(partial(_smollm2, permille, True)) for permille in (500, 750)},
+    **{
+        f"smollm2.realised.b{permille}": _of_smollm2(partial(_smollm2_realised, permille), "permille")
+        for permille in (500, 750)
+    },
+    "smollm2.ppl.neuron.b750": _of_smollm2(partial(_smollm2_neurons, 750)),
+    **{f"smollm2.ppl.mix.b{permille}": _of_smollm2(partial(_smollm2_mix, permille)) for permille in (500, 750)},
+    **{
+        f"smollm2.realised.mix.b{permille}": _of_smollm2(partial(_smollm2_mix_realised, permille), "permille")
+        for permille in (500, 750)
+    },
+    **{f"smollm2.ppl.bare.b{permille}": _of_smollm2(partial(_smollm2, permille, False)) for permille in (500, 750)},
 }
 
 

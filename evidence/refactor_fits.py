@@ -33,7 +33,8 @@ from prism_runtime.refactor.method import Method
 from prism_runtime.refactor.paper import PaperLayer, PaperMethod, PaperSettings, Schedule, fit_paper
 from prism_runtime.refactor.points import Candidates, Run
 from prism_runtime.refactor.stages import Output
-from prism_runtime.refactor.text import TokenSequence, cut_sequences, read_documents
+from prism_runtime.refactor.text import Document, TokenSequence, cut_sequences, hold_out, read_documents
+from prism_runtime.refactor.text import spread as spread_sequences
 
 LENGTH = 256
 BUDGETS = (750, 500, 250)
@@ -54,6 +55,7 @@ class Fits:
     held        sequences of a domain, at the end of the calibration text, that thresholds are chosen on
     evaluation  most sequences of a domain of the evaluation text
     half        fit each seed on a random half of the rest, or all seeds on all of it
+    spread      take every fourth document for thresholds instead, and all sequences evenly over their documents
     refit       fit again what the user's cache folder holds
     """
 
@@ -67,6 +69,7 @@ class Fits:
         evaluation: int,
         fit: int | None,
         half: bool,
+        spread: bool = False,
         refit: bool = False,
     ) -> None:
         self._console, self._half = console, half
@@ -76,13 +79,23 @@ class Fits:
         experts, self.neurons, self.hidden = self.masked.experts[0].gate.shape
         self.shape = (experts, self.neurons)
         self.top_k = int(self.model.config.get_text_config().num_experts_per_tok)
-        calibration = cut_sequences(read_documents(texts / "calibration.jsonl.gz"), self.tokenizer, LENGTH)
-        self.held = [each for domain in _by_domain(calibration) for each in domain[-held:]]
-        self._pool = [each for domain in _by_domain(calibration) for each in domain[:-held][:fit]]
+        calibration = read_documents(texts / "calibration.jsonl.gz")
         documents = read_documents(texts / "evaluation.jsonl.gz")
-        self.evaluation = cut_sequences(documents, self.tokenizer, LENGTH, evaluation)
+        if spread:
+            for_fits, for_thresholds = hold_out(calibration)
+            self.held = spread_sequences(self._cut(for_thresholds), held)
+            self._pool = spread_sequences(self._cut(for_fits), fit)
+            self.evaluation = spread_sequences(self._cut(documents), evaluation)
+        else:
+            domains = _by_domain(self._cut(calibration))
+            self.held = [each for domain in domains for each in domain[-held:]]
+            self._pool = [each for domain in domains for each in domain[:-held][:fit]]
+            self.evaluation = self._cut(documents, evaluation)
         self.domains = [each.domain for each in self.evaluation]
         self._calibrated: tuple[Any, Calibrated] | None = None
+
+    def _cut(self, documents: Sequence[Document], per_domain: int | None = None) -> list[TokenSequence]:
+        return cut_sequences(documents, self.tokenizer, LENGTH, per_domain)
 
     def fit_text(self, seed: int, without: Sequence[str] = ()) -> list[TokenSequence]:
         """Calibration sequences of a seed, those of some domains left out."""
@@ -271,6 +284,10 @@ class Fits:
     def _unpermute(self) -> None:
         order = torch.arange(self.neurons).expand(*self.shape)
         self.masked.permute([order for _ in self.masked.experts])
+
+    def measure(self, method: Method) -> Measurement:
+        """Any method on the evaluation text, for the partition that `masked` stands in."""
+        return self._measure(self.evaluation, [method])[0]
 
     def _measure(self, text: Sequence[TokenSequence], methods: Sequence[Method]) -> list[Measurement]:
         return evaluate_methods(self.masked, text, [Subject(method.name, 0.0, method) for method in methods])

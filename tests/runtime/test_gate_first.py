@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from prism_runtime.refactor.baselines import RandomSubExperts, calibrate_threshold
+from prism_runtime.refactor.compensation import Repaired, fit_repair
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.fit import RecipeSettings, fit_gates
 from prism_runtime.refactor.gate_first import GateFirst, SlicesThenNeurons, share_to_keep
 from prism_runtime.refactor.masked import MaskedModel, capture
-from prism_runtime.refactor.method import Choice, Slots
+from prism_runtime.refactor.method import Choice, Method, Slots
 from prism_runtime.refactor.text import TokenSequence
 from prism_runtime.refactor.thresholds import calibrate_thresholds, everything
 from tests.runtime.models import LAYERS, prompts, tiny_model
@@ -123,6 +124,32 @@ def test_slices_then_neurons_spends_its_budget() -> None:
     masked.reset()
     masked.log_probabilities(sequences, method)
     assert masked.realised == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("of_slices", [False, True])
+def test_compensation_repairs_what_neurons_are_dropped_and_is_paid_for(of_slices: bool) -> None:
+    masked, sequences = MaskedModel(tiny_model("mixtral")), text([40] * 8)
+    full = masked.log_probabilities(sequences)
+    metric = [torch.eye(masked.experts[0].down.shape[2])] * LAYERS
+
+    def measured(method: Method) -> tuple[float, float]:
+        masked.reset()
+        divergence = (full.exp() * (full - masked.log_probabilities(sequences, method))).sum(-1).mean()
+        return float(divergence), masked.realised
+
+    method = gate_first(masked, sequences)
+    if of_slices:
+        method = slices_then_neurons(masked, sequences, slices(masked, sequences, 0.8))
+    bare = calibrate_thresholds(masked, sequences, method, 0.6, by_layer=True)
+    repaired = Repaired(bare, fit_repair(masked, sequences, bare, metric, rank=1, sub_experts=4))
+    _, untouched = measured(bare)
+    _, with_repair = measured(repaired)
+    assert with_repair > untouched
+    again = calibrate_thresholds(masked, sequences, repaired, 0.6, by_layer=True)
+    assert measured(again)[1] == pytest.approx(0.6, abs=0.01)
+
+    rich = Repaired(bare, fit_repair(masked, sequences, bare, metric, rank=24, sub_experts=4))
+    assert measured(rich)[0] < 0.9 * measured(bare)[0]
 
 
 def test_budget_below_the_gate_projections_cost_is_refused() -> None:

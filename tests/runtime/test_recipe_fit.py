@@ -44,6 +44,17 @@ def test_a_fitted_point_spends_its_budget_on_the_held_out_text(architecture: str
         assert masked.realised_by_layer == pytest.approx([0.5] * len(masked.experts), abs=0.01)
 
 
+def test_the_first_sweep_over_the_text_already_finds_thresholds_near_the_budget() -> None:
+    model = tiny_model("qwen3_moe")
+    fitted = fit_recipe(model, text(1), text(2), replace(SETTINGS, budgets_permille=()))
+    masked = MaskedModel(model)
+    masked.permute(fitted.perms)
+    everything_runs = ElasticMethod(fitted.gates, everything(len(fitted.gates)))
+    once = calibrate_thresholds(masked, text(2), everything_runs, 0.75, rounds=1)
+    masked.log_probabilities(text(2), once)
+    assert masked.realised == pytest.approx(0.75, abs=0.03)
+
+
 def test_the_same_settings_give_the_same_bytes() -> None:
     first, second = (fit_recipe(tiny_model("qwen3_moe"), text(1), text(2), SETTINGS) for _ in range(2))
     for one, other in zip(first.perms, second.perms, strict=True):

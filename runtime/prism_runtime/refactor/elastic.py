@@ -1,8 +1,8 @@
 """The method of this project's recipe: a gate's prediction against a threshold, compensation for what is dropped."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class ElasticMethod:
     share: Sequence[float] = ()
     cap: int = UNCAPPED
     name: str = "prism"
+    price: ClassVar[float] = 1.0
 
     def choose(self, slots: Slots) -> Choice:
         keep, extra = self.cells(slots)
@@ -67,6 +68,10 @@ class ElasticMethod:
         else:
             keep = keep_highest(scores, floor, valid, self.share[slots.layer])
         return keep, (outputs + float(gate.token is not None)) / MULTIPLY_ADDS_OF_A_NEURON
+
+    def at(self, log_tau: Tensor) -> "ElasticMethod":
+        """The same method at other thresholds [L]."""
+        return replace(self, log_tau=log_tau)
 
     def scores(self, slots: Slots) -> Tensor:
         """[T, K, N]: every cell's score, none of it from the gate's mean."""

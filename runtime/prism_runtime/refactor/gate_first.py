@@ -7,6 +7,8 @@ what finer selection could give (compare CATS, arXiv:2404.08763).
 """
 
 from collections.abc import Sequence
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -32,6 +34,8 @@ class GateFirst(ThresholdGate):
     metric   for each layer [H, H]
     """
 
+    price = 1 - GATE_SHARE
+
     def __init__(
         self, name: str, experts: Sequence[Experts], rows: Sequence[LayerRows], metric: Sequence[Tensor]
     ) -> None:
@@ -49,6 +53,15 @@ class GateFirst(ThresholdGate):
             factor = slots.router_weights[token, rank].log() - slots.rms[token].log()
             scores[token, rank] = opening + self._log_sizes[slots.layer][expert] + factor[:, None]
         return scores
+
+    def scores(self, slots: Slots) -> Tensor:
+        return self.log_scores(slots)
+
+    def at(self, log_tau: Tensor) -> Self:
+        """The same method at other thresholds [L]."""
+        other = copy(self)
+        other.log_tau = log_tau
+        return other
 
     def keep(self, slots: Slots, sub_experts: Tensor) -> Choice:
         saved = GATE_SHARE * (~sub_experts).sum((1, 2))

@@ -99,6 +99,20 @@ def cut_sequences(
     return sequences
 
 
+def spread(sequences: Sequence[TokenSequence], per_domain: int | None) -> list[TokenSequence]:
+    """At most `per_domain` sequences of each domain, evenly over its documents, not from the first ones alone; None is
+    all."""
+    domains: dict[str, list[TokenSequence]] = {}
+    for sequence in sequences:
+        domains.setdefault(sequence.domain, []).append(sequence)
+    return [
+        members[place * len(members) // taken]
+        for members in domains.values()
+        for taken in [len(members) if per_domain is None else min(per_domain, len(members))]
+        for place in range(taken)
+    ]
+
+
 def _windows(ids: list[int], length: int) -> Iterator[tuple[int, ...]]:
     return (tuple(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length))
 

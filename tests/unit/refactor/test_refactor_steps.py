@@ -24,7 +24,7 @@ from prism_runtime.refactor.partition import (
 )
 from prism_runtime.refactor.prefixes import prefix_counts, strictly_rising
 from prism_runtime.refactor.request import RecipeRefused
-from prism_runtime.refactor.text import Document, TextRefused, cut_sequences, hold_out, read_documents
+from prism_runtime.refactor.text import Document, TextRefused, cut_sequences, hold_out, read_documents, spread
 
 
 def quality(mean: float, standard_error: float = 0.0) -> PointQuality:
@@ -165,6 +165,16 @@ def test_held_out_documents_are_disjoint_and_cover_every_domain() -> None:
     kept, held = hold_out(documents)
     assert {d.text for d in kept} | {d.text for d in held} == {d.text for d in documents}
     assert [d.text for d in held] == ["a3", "a7", "b3", "b7"]
+
+
+def test_a_few_sequences_are_spread_over_all_documents_of_every_domain() -> None:
+    def letters(text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    documents = [Document(letter * 4, domain) for domain, letter in (("x", "a"), ("x", "b"), ("x", "c"), ("y", "d"))]
+    sequences = cut_sequences(documents, letters, 1)
+    assert [chr(each.ids[0]) for each in spread(sequences, 3)] == ["a", "b", "c", "d", "d", "d"]
+    assert spread(sequences, 100) == spread(sequences, None) == sequences
 
 
 def test_sequences_are_whole_windows_of_one_document_and_bounded_by_domain() -> None:
