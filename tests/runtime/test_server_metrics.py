@@ -1,10 +1,13 @@
 """The metrics contract: vLLM's names, which pickers and autoscalers read, and our own; one registry on two ports."""
 
 import asyncio
+import re
+from pathlib import Path
 
 from tests.runtime.serving.engine import MODEL, ScriptedEngine
 from tests.runtime.serving.process import serving
 
+PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 VLLM_SAMPLES = (
     "vllm:num_requests_waiting",
     "vllm:num_requests_running",
@@ -62,6 +65,34 @@ def test_prism_names_carry_the_values_of_the_run() -> None:
                 'prism_runtime_kv_blocks{state="free"}': 125,
             }
             assert {name: metrics.get(name) for name in expected} == expected
+
+    asyncio.run(scenario())
+
+
+def test_drift_of_thresholds_is_told_for_each_point_and_not_guessed_before_it_is_known() -> None:
+    async def scenario() -> None:
+        async with serving(ScriptedEngine()) as served:
+            metrics = await served.metrics()
+            prefix = "prism_runtime_point"
+            assert metrics[f'{prefix}_nominal_budget_ratio{{point="b500"}}'] == 0.5
+            assert metrics[f'{prefix}_realised_budget_ratio{{point="b500"}}'] == 0.515
+            assert metrics[f'{prefix}_threshold_shift{{point="b500"}}'] == 0.09
+            assert metrics[f'{prefix}_shift_at_limit{{point="b500"}}'] == 0
+            assert f'{prefix}_realised_budget_ratio{{point="b750"}}' not in metrics
+
+    asyncio.run(scenario())
+
+
+def test_the_page_on_metrics_names_every_family_and_no_other() -> None:
+    async def scenario() -> None:
+        async with serving(ScriptedEngine()) as served:
+            await served.complete()
+            async with served.http.get(f"http://127.0.0.1:{served.ports['metrics_port']}/metrics") as response:
+                text = await response.text()
+        exposed = set(re.findall(r"^# TYPE ((?:prism|vllm)\S+) ", text, re.MULTILINE))
+        documented = set(re.findall(r"`((?:prism|vllm:)[a-z0-9]*_[a-z0-9_]+)`", PAGE.read_text()))
+        assert {name for name in exposed if not name.endswith("_created")} <= documented
+        assert {name for name in documented if "lag" not in name} <= exposed, "lag is told by paced pods alone"
 
     asyncio.run(scenario())
 

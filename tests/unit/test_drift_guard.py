@@ -84,3 +84,14 @@ def test_points_are_guarded_apart() -> None:
     assert guard.realised(0) is None
     assert not guard.due(2, 1127)
     assert guard.due(2, 1128)
+
+
+def test_what_is_held_is_told_over_the_window_and_not_before_the_first_correction() -> None:
+    guard = DriftGuard({0: 0.5, 2: 0.25})
+    serve(guard, 0.5, drift=0.2, spread=1.0, tokens=4096)
+    calm, idle = guard.held()
+    assert (calm.point, calm.nominal) == (0, 0.5)
+    assert calm.realised == pytest.approx(0.5, rel=0.02)
+    assert calm.shift == guard.shift(0) > 0.1
+    assert not calm.at_limit
+    assert (idle.point, idle.realised, idle.shift) == (2, None, 0.0)

@@ -38,6 +38,23 @@ class DriftSettings:
     limit: float = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class HeldBudget:
+    """What the guard knows of one point, a ladder index.
+
+    nominal   activation budget that it holds, 0 to 1
+    realised  mean of the last `window_tokens`, the cost of gates and compensation in it; None before the first period
+    shift     of the logarithm of the threshold; above 0 for traffic that spends more than what was calibrated on
+    at_limit  it can shift no further: the point no longer keeps its nominal budget on this traffic
+    """
+
+    point: int
+    nominal: float
+    realised: float | None
+    shift: float
+    at_limit: bool
+
+
 @dataclass(slots=True)
 class _Point:
     """What one point's controller remembers; `tokens`, `spent` and `routed` are totals at the last correction."""
@@ -94,6 +111,19 @@ class DriftGuard:
     def realised(self, point: int) -> float | None:
         """Mean realised budget of a point up to its last correction; None before the first."""
         return self._points[point].realised
+
+    def held(self) -> list[HeldBudget]:
+        """Every point's budget up to its last correction; from any thread."""
+        return [
+            HeldBudget(
+                point,
+                state.nominal,
+                None if state.realised is None else state.nominal * (1 + state.error),
+                state.shift,
+                self.at_limit(point),
+            )
+            for point, state in self._points.items()
+        ]
 
     def at_limit(self, point: int) -> bool:
         """True if the guard can shift no further: the point no longer keeps its nominal budget on this traffic."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from prism_api.manifest import Manifest
 from prism_api.points import Ladder
 from prism_runtime.engine.blocks import BlockPool, blocks_for
-from prism_runtime.engine.drift import DriftGuard
+from prism_runtime.engine.drift import DriftGuard, HeldBudget
 from prism_runtime.engine.model import Chunk, ElasticModel, load_pretrained
 from prism_runtime.engine.prefix_cache import BLOCK_TOKENS
 from prism_runtime.engine.sampler import History, log_probabilities, sample
@@ -210,6 +210,10 @@ class Engine:
                 prompt_tokens=counts.prompt_tokens,
                 prompt_tokens_known=counts.prompt_tokens_known,
             )
+
+    def budgets(self) -> Sequence[HeldBudget]:
+        """What threshold points realise of their nominal budgets, as of their last correction."""
+        return self.drift.held()
 
     # -- on the stepping thread ---------------------------------------------------------------------------------
 

@@ -9,12 +9,13 @@ raised.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from prism_api.control import Directive, EnvelopeState, Held
 from prism_api.points import Ladder
+from prism_runtime.engine.drift import HeldBudget
 from prism_runtime.engine.governor import ClassTable, Governor, Refused, Swap, SwapCause
 from prism_runtime.engine.pace import Pacer
 from prism_runtime.engine.signals import LoadSignals
@@ -43,6 +44,7 @@ class SteppingEngine(Protocol):
     def set_plan(self, plan: Plan) -> None: ...
     def step(self) -> StepReport: ...
     def load(self) -> EngineLoad: ...
+    def budgets(self) -> Sequence[HeldBudget]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,7 @@ class LiveState(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._vllm()
         yield from self._classes()
+        yield from self._held_budgets()
         yield from self._fence()
         yield from self._work()
 
@@ -179,6 +180,31 @@ class LiveState(Collector):
                     [name], self._accounting.recent_share(name, now_s, weights, otherwise=weights[point_index])
                 )
         yield from (tokens, requests, budget, quality, live)
+
+    def _held_budgets(self) -> Iterator[Metric]:
+        """Of points whose threshold the drift guard shifts; prefixes spend their budget exactly."""
+        nominal = GaugeMetricFamily(
+            "prism_runtime_point_nominal_budget_ratio", "Budget the drift guard holds.", labels=["point"]
+        )
+        realised = GaugeMetricFamily(
+            "prism_runtime_point_realised_budget_ratio",
+            "Budget realised over the drift guard's window, gate and compensation included.",
+            labels=["point"],
+        )
+        shift = GaugeMetricFamily(
+            "prism_runtime_point_threshold_shift", "Added to the logarithm of the threshold.", labels=["point"]
+        )
+        limit = GaugeMetricFamily(
+            "prism_runtime_point_shift_at_limit", "1 where the budget is no longer held.", labels=["point"]
+        )
+        for held in self._engine_loop.engine.budgets():
+            point = [self._names[held.point]]
+            nominal.add_metric(point, held.nominal)
+            shift.add_metric(point, held.shift)
+            limit.add_metric(point, float(held.at_limit))
+            if held.realised is not None:
+                realised.add_metric(point, held.realised)
+        yield from (nominal, realised, shift, limit)
 
     def _fence(self) -> Iterator[Metric]:
         held = self._engine_loop.held()

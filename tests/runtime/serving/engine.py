@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from prism_api.manifest import Manifest
 from prism_api.points import Ladder, OperatingPoint
+from prism_runtime.engine.drift import HeldBudget
 from prism_runtime.engine.types import (
     EngineLoad,
     Event,
@@ -126,6 +127,10 @@ class ScriptedEngine:
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
+
+    def budgets(self) -> list[HeldBudget]:
+        """As if b500 and b750 had thresholds, and only the former had served tokens."""
+        return [HeldBudget(0, 0.5, 0.515, 0.09, at_limit=False), HeldBudget(1, 0.75, None, 0.0, at_limit=False)]
 
     def load(self) -> EngineLoad:
         return EngineLoad(len(self._running), len(self._waiting), 128, 2 * len(self._running), 0, 3, 50, 32)
