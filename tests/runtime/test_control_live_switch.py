@@ -197,6 +197,7 @@ def test_profile_of_the_real_engine_prices_every_point_and_leaves_the_engine_idl
     assert all(point.step_seconds(1, 32, 0) > 0 for point in profile.points.values())
     assert engine.plan == before
     assert not engine.has_work
+    assert engine.load().prompt_tokens_known == 0, "what is known already costs nothing and would not be measured"
 
 
 def test_served_command_drains_real_streams_logs_json_without_user_text_and_writes_only_to_tmp(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from prism_runtime.engine.prefix_cache import BLOCK_TOKENS
+from prism_runtime.kernels import cpu_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class PagedCache(Cache):
     """The cache a transformers model writes through; `attach` says where before each forward.
 
     One block more than `blocks` takes what padding writes and fills up tables; nobody's mask lets it through.
+
+    read_in_place  layers whose attention reads the blocks itself (`attend`) when every row has one new token
     """
 
     def __init__(self, blocks: int) -> None:
@@ -43,15 +46,18 @@ class PagedCache(Cache):
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._scratch: dict[tuple[str, int], Tensor] = {}
+        self.read_in_place: frozenset[int] = frozenset()
+        self._tables = torch.empty(0, 0, dtype=torch.int64)
         self._read: slice | Tensor = slice(0, 0)
-        self._rows = self._length = 0
+        self._rows = self._length = self._columns = 0
 
     def attach(self, rows: CacheRows) -> int:
         """Returns the keys that each row reads: those of whole blocks, for the longest table."""
         most, device = max(map(len, rows.tables)), rows.positions.device
         tables = [[*table, *[self._nowhere] * (most - len(table))] for table in rows.tables]
-        blocks = torch.tensor(tables, device=device)
-        flat, self._rows = list(chain.from_iterable(tables)), len(tables)
+        blocks = self._tables = torch.tensor(tables, device=device)
+        flat = list(chain.from_iterable(tables))
+        self._rows, self._columns = rows.positions.shape
         adjacent = flat == list(range(flat[0], flat[0] + len(flat)))
         self._read = slice(flat[0], flat[0] + len(flat)) if adjacent else blocks.flatten()
         write = blocks.gather(1, rows.positions // BLOCK_TOKENS) * BLOCK_TOKENS + rows.positions % BLOCK_TOKENS
@@ -66,22 +72,33 @@ class PagedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write keys and values [B, heads, Q, width] of one layer; return those of the rows' whole contexts.
 
-        They stay valid until the next layer's.
+        They stay valid until the next layer's. Of a layer that reads in place they are the new ones alone.
         """
         if layer_idx not in self._keys:
             self._keys[layer_idx] = self._allocate(key_states)
             self._values[layer_idx] = self._allocate(value_states)
-        return (
-            self._exchange("keys", self._keys[layer_idx], key_states),
-            self._exchange("values", self._values[layer_idx], value_states),
-        )
+        for stores, states in ((self._keys, key_states), (self._values, value_states)):
+            tokens = states.transpose(1, 2).flatten(0, 1)
+            stores[layer_idx].flatten(0, 1).index_copy_(0, self._write, tokens)
+        if self.reads_in_place(layer_idx):
+            return key_states, value_states
+        return self._contexts("keys", self._keys[layer_idx]), self._contexts("values", self._values[layer_idx])
+
+    def reads_in_place(self, layer_idx: int) -> bool:
+        """Whether `attend` is to be used in the forward that was attached last."""
+        return self._columns == 1 and layer_idx in self.read_in_place
+
+    def attend(self, layer_idx: int, query: Tensor, mask: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
+        """Attention [B, 1, heads, value width] of one query a row [B, heads, 1, key width]; mask [B, 1, 1, length]."""
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        out = cpu_attention.attend(query[:, :, 0], keys, values, self._tables, mask[:, 0, 0], scale, sinks)
+        return out[:, None]
 
     def _allocate(self, states: Tensor) -> Tensor:
         _, heads, _, width = states.shape
         return states.new_zeros(self._nowhere + 1, BLOCK_TOKENS, heads, width)
 
-    def _exchange(self, kind: str, store: Tensor, states: Tensor) -> Tensor:
-        store.flatten(0, 1).index_copy_(0, self._write, states.transpose(1, 2).flatten(0, 1))
+    def _contexts(self, kind: str, store: Tensor) -> Tensor:
         read = store[self._read] if isinstance(self._read, slice) else self._gather(kind, store, self._read)
         return read.view(self._rows, -1, *store.shape[2:]).transpose(1, 2)
 

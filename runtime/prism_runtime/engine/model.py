@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from prism_runtime.engine.attention_hook import bind_cache
 from prism_runtime.engine.blocks import blocks_for
 from prism_runtime.engine.cache import CacheRows, PagedCache
 from prism_runtime.engine.experts_hook import UnsupportedModel, bind_gates, bind_plan, experts_modules, pack
@@ -72,6 +73,7 @@ class ElasticModel:
         self.plan = PlanTensor(tables, classes, model.device)
         bind_plan(model, self.plan)
         self.cache = PagedCache(blocks)
+        bind_cache(model, self.cache)
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk]) -> Tensor:

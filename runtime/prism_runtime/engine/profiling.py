@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from prism_api.profile import PointProfile, Profile
 from prism_runtime.engine.governor import CLASS_SLOTS
 from prism_runtime.engine.loop import SteppingEngine
+from prism_runtime.engine.prefix_cache import BLOCK_TOKENS
 from prism_runtime.engine.types import Plan, Request, Sampling, StepReport
 
 DECODE_STEPS = 6
@@ -127,10 +128,16 @@ def _shapes(limits: Limits) -> list[tuple[int, int]]:
 def _run_shape(
     engine: SteppingEngine, sequences: int, prompt_tokens: int, clock: Callable[[], float], ids: "itertools.count[int]"
 ) -> list[StepSample]:
-    """Timed steps of one batch from its prompts to its last token. Token id 1 stands for text: cost ignores content."""
+    """Timed steps of one batch from its prompts to its last token.
+
+    Cost ignores content, but every prompt begins with a number of its own, in token ids 0 and 1: one that is known
+    already would not be computed.
+    """
     for _ in range(sequences):
+        number = next(ids)
+        prompt = [number >> bit & 1 for bit in range(BLOCK_TOKENS)] + [1] * prompt_tokens
         sampling = Sampling(max_tokens=DECODE_STEPS + 1, temperature=0.0)
-        engine.submit(Request(f"profile-{next(ids)}", (1,) * prompt_tokens, sampling))
+        engine.submit(Request(f"profile-{number}", tuple(prompt[:prompt_tokens]), sampling))
     samples = []
     while engine.has_work:
         begun_s = clock()
