@@ -12,11 +12,12 @@ from prism_runtime.engine.model import load_pretrained
 from prism_runtime.refactor.artifact import open_artifact
 from prism_runtime.refactor.assessment import AssessmentOptions, assess_artifact
 from prism_runtime.refactor.baselines import OracleGate, calibrate_threshold
+from prism_runtime.refactor.bytes import StepSubject, measure_touching, touched_shares
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.evaluate import Subject, evaluate_methods
 from prism_runtime.refactor.masked import LayerInput, MaskedModel, token_ids
 from prism_runtime.refactor.progress import Reporter
-from prism_runtime.refactor.subjects import ARTIFACT, ElasticScores, artifact_subjects, cut_of
+from prism_runtime.refactor.subjects import ARTIFACT, ElasticScores, always, artifact_subjects, cut_of
 from prism_runtime.refactor.text import TokenSequence, cut_sequences, read_documents
 from tests.runtime.test_gated_artifact import artifact, prefixes  # noqa: F401  (fixtures)
 
@@ -104,3 +105,19 @@ def test_an_oracle_on_the_model_realises_its_budget(artifact: Path, sequences: l
     calibrate_threshold(masked, gate, sequences, 0.5)
     (row,) = evaluate_methods(masked, sequences, [Subject("oracle", 0.5, gate)])
     assert row.realised == pytest.approx(0.5, abs=0.02)
+
+
+def test_shares_of_several_step_sizes_are_those_of_steps_taken_alone(
+    artifact: Path,  # noqa: F811
+    sequences: list[TokenSequence],
+) -> None:
+    opened = open_artifact(artifact)
+    masked = MaskedModel(load_pretrained(artifact)[0])
+    method = artifact_subjects(opened)[0].method
+    shares = touched_shares(masked, sequences, method, fixed=0.05, sizes=(1, 2, 4, 8))
+    assert list(shares) == [1, 2, 4]  # four sequences: no step of eight tokens
+    for size, share in shares.items():
+        (alone,) = measure_touching(masked, sequences, [StepSubject("token", always(method), 0.05)], size)
+        assert share == pytest.approx(alone.share, abs=1e-6)
+    assert shares[1] < shares[2] < shares[4] <= 1
+    assert touched_shares(masked, sequences, method, sizes=(8,)) == {}

@@ -17,12 +17,18 @@ from torch import Tensor
 
 from prism_runtime.refactor.baselines import MaskedForward, ThresholdGate
 from prism_runtime.refactor.bootstrap import Floats, Interval, Resampling
+from prism_runtime.refactor.elastic import MULTIPLY_ADDS_OF_A_NEURON, ElasticMethod
+from prism_runtime.refactor.masked import LayerInput, MaskedModel, token_ids
 from prism_runtime.refactor.method import Choice, Method, Slots
 from prism_runtime.refactor.points import kl_at
 from prism_runtime.refactor.text import TokenSequence
 
 EXPERTS = "experts"
 """The selection of plain top-k: whole experts."""
+STEP_SIZES = (8, 32)
+"""Decode batches whose bytes an operating point states; each divides the next."""
+COUNTED_SEQUENCES = 64
+"""Their positions are steps: 512 of 32 tokens where sequences have 256."""
 
 
 class StepSelection:
@@ -52,18 +58,22 @@ class StepSelection:
 
 
 class TouchCount:
-    """Chooses as `method` does and counts what each step touches."""
+    """Chooses as `method` does and counts what each step touches.
 
-    def __init__(self, method: Method, step_tokens: int) -> None:
-        self.name = method.name
-        self._method, self._step_tokens = method, step_tokens
+    length  positions of a sequence, if a batch may hold the sequences of several steps
+    """
+
+    def __init__(self, method: Method, step_tokens: int, length: int | None = None) -> None:
+        self.name, self.step_tokens = method.name, step_tokens
+        self._method, self._length = method, length
         self._touched = self._routed = 0.0
 
     def choose(self, slots: Slots) -> Choice:
         choice = self._method.choose(slots)
         experts, neurons, _ = slots.down.shape
-        steps = len(slots.x) // self._step_tokens
-        place = (step_of(len(slots.x), self._step_tokens)[:, None] * experts + slots.expert_ids).flatten()
+        steps = len(slots.x) // self.step_tokens
+        step = step_of(len(slots.x), self.step_tokens, self._length)
+        place = (step[:, None] * experts + slots.expert_ids).flatten()
         touched = torch.zeros(steps * experts, neurons, dtype=torch.int32)
         touched.index_add_(0, place, choice.keep.flatten(0, 1).int())
         self._touched += float((touched > 0).sum())
@@ -76,9 +86,53 @@ class TouchCount:
         return self._touched / self._routed
 
 
-def step_of(tokens: int, step_tokens: int) -> Tensor:
-    """[T]: the step of each token, for `step_tokens` sequences of one length laid end to end."""
-    return torch.arange(tokens // step_tokens).repeat(step_tokens)
+def touched_shares(
+    masked: MaskedModel,
+    sequences: Sequence[TokenSequence],
+    method: Method,
+    fixed: float = 0.0,
+    sizes: Sequence[int] = STEP_SIZES,
+) -> dict[int, float]:
+    """Share of the full model's weight bytes that one step reads, by its size, of a method that chooses for each token.
+
+    fixed  see `StepSubject`
+    sizes  ascending, each divides the next; those with more tokens than there are sequences are left out
+    """
+    mixed = interleave(sequences)[:COUNTED_SEQUENCES]
+    counts: list[TouchCount] = []
+    for size in (size for size in sizes if size <= len(mixed)):
+        method = TouchCount(method, size, len(mixed[0].ids))
+        counts.append(method)
+    if not counts:
+        return {}
+
+    def visit(entering: LayerInput) -> Tensor:
+        return masked.masked(method, entering)[0]
+
+    largest = counts[-1].step_tokens
+    for start in range(0, len(mixed) // largest * largest, largest):
+        masked.run(token_ids(mixed[start : start + largest]), visit)
+    return {count.step_tokens: min(1.0, count.share + fixed) for count in counts}
+
+
+def fixed_reads(method: ElasticMethod, neurons: int, hidden: int, top_k: int) -> float:
+    """Share of a touched expert's bytes that are read whatever is kept: its gate, and its part of the compensation.
+
+    A neuron is three rows of the hidden width, a gate's output one. What a layer reads once, at least K experts share.
+    """
+    sub_experts = method.gates[0].bias.shape[1]
+    rows = float(sub_experts)
+    if method.compensation is not None:
+        rank = len(method.compensation[0].u)
+        rows += rank * sub_experts / hidden + 2 * rank / top_k
+    return rows / (MULTIPLY_ADDS_OF_A_NEURON * neurons)
+
+
+def step_of(tokens: int, step_tokens: int, length: int | None = None) -> Tensor:
+    """[T]: the step of each token, for sequences of one length laid end to end, `step_tokens` at a time."""
+    length = length or tokens // step_tokens
+    sequence, position = torch.arange(tokens) // length, torch.arange(tokens) % length
+    return sequence // step_tokens * length + position
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from prism_runtime.kernels.contract import CompensationWeights, GateWeights
 from prism_runtime.refactor.artifact import write_sidecar
 from prism_runtime.refactor.baselines import TopK
 from prism_runtime.refactor.bootstrap import Resampling
+from prism_runtime.refactor.bytes import COUNTED_SEQUENCES, STEP_SIZES, fixed_reads, touched_shares
 from prism_runtime.refactor.calibration import Calibration
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.evaluate import Subject, clustered_mean, evaluate_methods, relative_quality
@@ -63,6 +64,7 @@ class GatedPoints:
         fitted = {permille: self._point(permille) for permille in self._budgets}
         measured = self._quality(fitted)
         kept = self._kept(measured)
+        touched = self._touched({permille: fitted[permille] for permille in kept if permille != 1000})
         shape = self._run.shape
         partitions = {
             layer: Partition.of(perm, saliency, shape.sub_experts)
@@ -80,7 +82,14 @@ class GatedPoints:
         compensation = {"trajectory": settings.compensation, "rank": settings.rank} if settings.compensation else None
         return Finished(
             [
-                _measured_point(permille, measured[permille], measured[1000], self._run.texts, distinct=self._filtered)
+                _measured_point(
+                    permille,
+                    measured[permille],
+                    measured[1000],
+                    self._run.texts,
+                    distinct=self._filtered,
+                    touched=touched.get(permille),
+                )
                 for permille in kept
             ],
             recipe.manifest_entry(features=["x"], allocation=settings.allocation, compensation=compensation),
@@ -162,6 +171,24 @@ class GatedPoints:
                 measured[permille] = work.run(stage, partial(self._evaluate, permille, method, advance))
         return measured
 
+    def _touched(self, points: Mapping[int, FittedPoint]) -> dict[int, dict[str, float]]:
+        """For each budget: share of the weight bytes that a step reads, by its number of tokens."""
+        parameters = {"sizes": list(STEP_SIZES), "sequences": COUNTED_SEQUENCES}
+        found = {}
+        with self._run.reporter.bar("count weight bytes", len(points), "points") as advance:
+            for permille, point in points.items():
+                stage = Stage.of(f"bytes-{permille}", parameters, self._run.root, self._point_stages[permille])
+                found[permille] = dict(self._run.work.run(stage, partial(self._count_bytes, point)).facts)
+                advance(1)
+        return found
+
+    def _count_bytes(self, point: FittedPoint) -> Output:
+        method = ElasticMethod(self._gates, point.log_tau, point.compensation)
+        shape, masked = self._run.shape, self._calibration.masked
+        fixed = fixed_reads(method, shape.neurons, shape.hidden, shape.top_k)
+        shares = touched_shares(masked, self._run.texts.evaluation, method, fixed)
+        return Output(facts={str(size): round(share, 4) for size, share in shares.items()})
+
     def _evaluate(self, permille: int, method: Method, advance: Advance) -> Output:
         subject = Subject("prism", permille / 1000, method)
         (found,) = evaluate_methods(self._calibration.masked, self._run.texts.evaluation, [subject], advance=advance)
@@ -199,7 +226,15 @@ def _cost(permille: int, measured: Output) -> float:
     return 1.0 if permille == 1000 else float(measured.facts["realised"])
 
 
-def _measured_point(permille: int, measured: Output, full: Output, texts: Texts, *, distinct: bool) -> MeasuredPoint:
+def _measured_point(
+    permille: int,
+    measured: Output,
+    full: Output,
+    texts: Texts,
+    *,
+    distinct: bool,
+    touched: Mapping[str, float] | None,
+) -> MeasuredPoint:
     domains = [sequence.domain for sequence in texts.evaluation]
     kl = measured.tensors["kl"].tolist()
     mean, standard_error, _ = clustered_mean(kl, domains)
@@ -223,5 +258,6 @@ def _measured_point(permille: int, measured: Output, full: Output, texts: Texts,
         same_top1=clustered_mean(tensors["same_top1"].tolist(), domains)[0],
         realised_permille=min(1000, round(1000 * _cost(permille, measured))),
         ce_delta=clustered_mean(rise.tolist(), domains)[0],
+        touched_bytes_share=dict(touched) if touched else None,
         distinct=distinct or None,
     )

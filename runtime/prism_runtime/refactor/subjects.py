@@ -25,7 +25,7 @@ from prism_runtime.refactor.baselines import (
     sorted_groups,
     strongest_neurons,
 )
-from prism_runtime.refactor.bytes import EXPERTS, StepSelection, StepSubject
+from prism_runtime.refactor.bytes import EXPERTS, StepSelection, StepSubject, fixed_reads
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.evaluate import Subject
 from prism_runtime.refactor.masked import MaskedModel, capture
@@ -190,11 +190,14 @@ def elastic_step_subjects(
     """
     if not methods:
         return []
-    subjects = [StepSubject("token", always(method), fixed_reads(method, cut, hidden)) for method in methods.values()]
+    subjects = [
+        StepSubject("token", always(method), fixed_reads(method, cut.neurons, hidden, cut.top_k))
+        for method in methods.values()
+    ]
     for budget in step_budgets:
         method = methods[min(methods, key=lambda nominal: abs(nominal - budget))]
         scores = _for_step(ElasticScores(method, cut), budget)
-        subjects.append(StepSubject("step", scores, fixed_reads(method, cut, hidden)))
+        subjects.append(StepSubject("step", scores, fixed_reads(method, cut.neurons, hidden, cut.top_k)))
     return subjects
 
 
@@ -238,18 +241,6 @@ def _energies(masked: MaskedModel, calibration: Sequence[TokenSequence]) -> list
 def _at_budget(masked: MaskedModel, gate: ThresholdGate, text: Sequence[TokenSequence], budget: float) -> Subject:
     calibrate_threshold(masked, gate, text, budget)
     return Subject(gate.name, budget, gate)
-
-
-def fixed_reads(method: ElasticMethod, cut: Cut, hidden: int) -> float:
-    """Share of a touched expert's bytes that are read whatever is kept: its gate, and its part of the compensation.
-
-    A neuron is three rows of the hidden width, a gate's output one. What a layer reads once, at least K experts share.
-    """
-    rows = float(cut.sub_experts)
-    if method.compensation is not None:
-        rank = len(method.compensation[0].u)
-        rows += rank * cut.sub_experts / hidden + 2 * rank / cut.top_k
-    return rows / (3 * cut.neurons)
 
 
 def always(method: Method) -> Callable[[int], Method]:
