@@ -41,7 +41,7 @@ Json = dict[str, Any]
 
 THRESHOLD_SEQUENCES = 24
 """Some 6,000 tokens put a threshold's realised share within about 1 % of the asked one."""
-BYTE_SHARES = (0.25, 0.5, 0.75)
+BYTE_SHARES = (0.25, 0.5, 0.75, 0.9)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ COLUMNS = (
     *("lost", "gained", "perplexity", "worst domain"),
 )
 
+POINT_SELECTIONS = ("token", "ranked prefix")
+"""Of `refactor/subjects.py`: those of the artifact's own points."""
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2530; --paper: #ffffff; --line: #d5dbe3; --heat: #0b62a8; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --paper: #14181d; --line: #39424e; --heat: #6db3f2; } }
@@ -56,6 +59,11 @@ def table(assessment: Json) -> str:
         ]
         lines += [f"  {at['touchedShare']:.2f}  {_ranking(at['kl'])}" for at in step["atShare"]]
         lines += [f"  {line}" for line in _ratios(step)]
+    if assessment["steps"]:
+        lines += ["", "both costs of the operating points, as shares of the full model's"]
+        lines += [f"  {line}" for line in _aligned(_both_costs(assessment))]
+        lines += ["", "the selection with the lowest KL at a share of weight bytes"]
+        lines += [f"  {line}" for line in _aligned(_winners(assessment["steps"]))]
     return "\n".join(lines)
 
 
@@ -85,6 +93,13 @@ def page(assessment: Json) -> str:
     counts = "".join(f"<li>{escape(line)}</li>" for line in _counts(assessment["points"]))
     parts.append(f"<h2>Operating points</h2><p>Full model included.</p><ul>{counts}</ul>")
     parts += [_steps(step) for step in assessment["steps"]]
+    if assessment["steps"]:
+        parts += [
+            "<h2>Both costs of the operating points</h2><p>Shares of the full model's multiply-adds and weight bytes."
+            "</p>" + _plain_table(_both_costs(assessment)),
+            "<h2>Which selection wins where</h2><p>The one with the lowest KL at a share of the full model's weight "
+            "bytes, among those measured on both sides of it.</p>" + _plain_table(_winners(assessment["steps"])),
+        ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
@@ -148,6 +163,41 @@ def _steps(step: Json) -> str:
         f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in _ratios(step))}</ul>"
         f"<table><tr><th>share of bytes</th><th>KL by selection, best first</th></tr>{best}</table>"
     )
+
+
+def _both_costs(assessment: Json) -> list[list[str]]:
+    """A heading and one line an operating point: its multiply-adds, and its bytes in steps of each size."""
+    points = [row for row in assessment["rows"] if row["family"] == "artifact"]
+    touched = [
+        {point["name"]: point["touchedShare"] for point in step["points"] if point["selection"] in POINT_SELECTIONS}
+        for step in assessment["steps"]
+    ]
+    heading = ["point", "multiply-adds", *(f"bytes, steps of {step['stepTokens']}" for step in assessment["steps"])]
+    return [heading] + [
+        [row["name"], f"{row['realisedPermille'] / 1000:.3f}", *(f"{each[row['name']]:.3f}" for each in touched)]
+        for row in points
+    ]
+
+
+def _winners(steps: Sequence[Json]) -> list[list[str]]:
+    """A heading and one line a share of bytes: the best selection in steps of each size."""
+    shares = [at["touchedShare"] for at in steps[0]["atShare"]]
+    found = [[next(iter(at["kl"]), "none measured") for at in step["atShare"]] for step in steps]
+    return [["share of bytes", *(f"steps of {step['stepTokens']}" for step in steps)]] + [
+        [f"{share:.2f}", *(names[index] for names in found)] for index, share in enumerate(shares)
+    ]
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _plain_table(lines: Sequence[Sequence[str]]) -> str:
+    heading, *body = lines
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in heading)
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
+    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
 
 
 def _html_table(rows: Sequence[Json]) -> str:

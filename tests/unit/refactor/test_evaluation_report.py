@@ -60,6 +60,8 @@ ASSESSMENT: dict[str, Any] = {
             "stepTokens": 8,
             "points": [
                 {"selection": "token", "name": "b500", "touchedShare": 0.8, "kl": 0.005},
+                {"selection": "token", "name": "b750", "touchedShare": 0.93, "kl": 0.001},
+                {"selection": "step", "name": "b500", "touchedShare": 0.5, "kl": 0.005},
                 {"selection": "experts", "name": "top-2", "touchedShare": 0.7, "kl": 0.047},
             ],
             "topKOver": {"top-2": {"token": {"value": 6.5, "low": 6.1, "high": 6.9}}, "top-1": {}},
@@ -106,6 +108,20 @@ def test_the_table_ranks_selections_at_a_share_of_bytes_and_says_where_none_was_
     assert "0.25  nothing measured on both sides" in text
     assert "KL of top-2 at the bytes it touches, divided by that of token 6.5 (6.1-6.9)" in text
     assert "KL of top-1" not in text
+
+
+def test_table_and_page_give_both_costs_of_every_point_and_the_winner_at_a_share_of_bytes() -> None:
+    text = table(ASSESSMENT)
+    assert re.search(r"point +multiply-adds +bytes, steps of 8\n +b500 +0.500 +0.800\n +b750 +0.750 +0.930\n", text)
+    assert re.search(r"share of bytes +steps of 8\n +0.75 +token\n +0.25 +none measured$", text)
+    assert "<td>b500</td><td>0.500</td><td>0.800</td>" in page(ASSESSMENT)
+    assert "<td>0.75</td><td>token</td>" in page(ASSESSMENT)
+
+
+def test_without_steps_nothing_is_said_of_bytes() -> None:
+    alone = ASSESSMENT | {"steps": []}
+    assert "bytes" not in table(alone)
+    assert "both costs" not in page(alone).lower()
 
 
 def test_table_and_page_count_operating_points_and_admit_rises() -> None:
