@@ -1,7 +1,7 @@
 """The whole evaluation of an artifact on text, as one document that tables, pages and programs read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from prism_runtime.refactor.evaluate import (
 from prism_runtime.refactor.masked import MaskedModel
 from prism_runtime.refactor.points import count_points, kl_at
 from prism_runtime.refactor.progress import Reporter
+from prism_runtime.refactor.stability import measure_stability, require_comparable
 from prism_runtime.refactor.subjects import (
     ARTIFACT,
     ORACLE,
@@ -50,21 +51,27 @@ class AssessmentOptions:
     calibration  text for static baselines; None leaves them out
     baselines    measure them at all
     step_tokens  sizes of decode batches whose touched bytes are measured; empty measures none
+    others       artifacts of the same model with other seeds, to tell which points are stable; empty leaves that open
     """
 
     sequences: int | None = None
     calibration: Path | None = None
     baselines: bool = True
     step_tokens: Sequence[int] = ()
+    others: Sequence[Path] = ()
 
 
 def assess_artifact(directory: Path, texts: Sequence[Path], options: AssessmentOptions, reporter: Reporter) -> Json:
     """Measure every operating point of an artifact, and the baselines, on the text files.
 
     The numbers are of the float32 masked forward, which the kernels are held to elsewhere. Raises ArtifactRefused,
-    TextRefused, or ValueError if a domain has one sequence only or a step more tokens than there are sequences.
+    TextRefused, or ValueError if a domain has one sequence only, a step more tokens than there are sequences, or
+    stability too few runs.
     """
     artifact = open_artifact(directory)
+    others = [open_artifact(other) for other in options.others]
+    if others:
+        require_comparable(artifact, others, len(texts))
     cut = cut_of(artifact)
     length = artifact.manifest.calibration.sequence_length
     model, tokenizer = load_pretrained(directory)
@@ -90,6 +97,12 @@ def assess_artifact(directory: Path, texts: Sequence[Path], options: AssessmentO
     for size in options.step_tokens:
         with reporter.bar(f"steps of {size} tokens", len(sequences), "sequences") as advance:
             touched[size] = measure_touching(masked, sequences, step_subjects(artifact, cut), size, advance)
+    stability = None
+    if others:
+        each = [read([path], options.sequences) for path in texts]
+        total = (1 + len(others)) * sum(map(len, each))
+        with reporter.bar("the points of every seed", total, "sequences") as advance:
+            stability = measure_stability(artifact, others, each, advance)
     if known is not None:
         with reporter.bar("the published method's partition", cut.layers * cut.experts, "experts") as advance:
             published = paper_subjects(masked, cut, known, advance)
@@ -107,6 +120,7 @@ def assess_artifact(directory: Path, texts: Sequence[Path], options: AssessmentO
             for family in dict.fromkeys(row.family for row in rows)
             if (points := _points([row for row in rows if row.family in (family, FULL)], sequences))
         },
+        "stability": None if stability is None else asdict(stability),
         "steps": [_step(size, measured, interleave(sequences)) for size, measured in touched.items()],
     }
 

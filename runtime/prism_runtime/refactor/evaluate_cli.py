@@ -17,7 +17,9 @@ examples:
   prism-runtime evaluate ./olmoe-elastic --text a.jsonl b.txt --calibration text.jsonl.gz --html report.html
       with static baselines, which take their averages from the calibration text, and a page of pictures
   prism-runtime evaluate ./olmoe-elastic --text a.jsonl --steps 8,32 --json
-      also the weight bytes that decode steps of 8 and of 32 tokens read, by selection"""
+      also the weight bytes that decode steps of 8 and of 32 tokens read, by selection
+  prism-runtime evaluate ./seed-0 --text a.jsonl b.jsonl --seeds ./seed-1 ./seed-2 --record
+      also which points keep their order and cost whatever the seed and text; --record writes it to the manifest"""
 
 
 def add_parser(commands: Any) -> None:
@@ -39,6 +41,20 @@ def add_parser(commands: Any) -> None:
     evaluate.add_argument(
         "--steps", type=_sizes, default=(), metavar="8,32", help="decode batches to count weight bytes of (none)"
     )
+    evaluate.add_argument(
+        "--seeds",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="ARTIFACT",
+        help="artifacts of the same model with other --seed: tells which points are stable",
+    )
+    evaluate.add_argument(
+        "--record",
+        action="store_true",
+        help="with --seeds: write into the manifest which points are stable. Its digest changes, so make the "
+        "PrismModel afterwards",
+    )
     evaluate.add_argument("--json", action="store_true", help="one JSON object on standard output instead of a table")
     evaluate.add_argument("--html", type=Path, metavar="FILE", help="also write a self-contained page with pictures")
     evaluate.set_defaults(run=run)
@@ -58,15 +74,22 @@ def run(arguments: argparse.Namespace) -> int:
     from prism_runtime.refactor.assessment import AssessmentOptions, assess_artifact
     from prism_runtime.refactor.progress import Reporter
     from prism_runtime.refactor.report import page, table
+    from prism_runtime.refactor.stability import Stability, record
 
+    if arguments.record and not arguments.seeds:
+        print("prism-runtime: --record writes what --seeds tells: give artifacts with other seeds", file=sys.stderr)
+        return 2
     options = AssessmentOptions(
         sequences=arguments.sequences,
         calibration=arguments.calibration,
         baselines=not arguments.no_baselines,
         step_tokens=arguments.steps,
+        others=arguments.seeds,
     )
     try:
         assessment = assess_artifact(arguments.artifact, arguments.text, options, Reporter())
+        if arguments.record:
+            record(arguments.artifact, Stability(**assessment["stability"]))
         if arguments.html is not None:
             arguments.html.write_text(page(assessment))
     except (ValueError, OSError) as error:

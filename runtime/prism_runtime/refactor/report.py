@@ -51,7 +51,7 @@ def table(assessment: Json) -> str:
             + (f"  {over['value']:.1f} ({over['low']:.1f}-{over['high']:.1f})" if over else "")
         )
     lines += ["", "operating points, the full model among them"]
-    lines += [f"  {line}" for line in _counts(assessment["points"])]
+    lines += [f"  {line}" for line in [*_counts(assessment["points"]), *_stability(assessment["stability"])]]
     for step in assessment["steps"]:
         lines += [
             "",
@@ -90,7 +90,8 @@ def page(assessment: Json) -> str:
             f"{escape(_middle(artifact)['name'])}, mean over layers; sub-experts in the order of their energy.</p>"
             + _usage(_middle(artifact)),
         ]
-    counts = "".join(f"<li>{escape(line)}</li>" for line in _counts(assessment["points"]))
+    said = [*_counts(assessment["points"]), *_stability(assessment["stability"])]
+    counts = "".join(f"<li>{escape(line)}</li>" for line in said)
     parts.append(f"<h2>Operating points</h2><p>Full model included.</p><ul>{counts}</ul>")
     parts += [_steps(step) for step in assessment["steps"]]
     if assessment["steps"]:
@@ -240,6 +241,17 @@ def _counts(points: Json) -> list[str]:
         f"{len(each['distinct'])} distinct; KL that rises with budget: {each['rises']}"
         + (f" (at most {each['largestRise']:.2g} nats)" if each["rises"] else "")
         for family, each in points.items()
+    ]
+
+
+def _stability(found: Json | None) -> list[str]:
+    """One line, or none if it was not measured."""
+    if found is None:
+        return []
+    stable = ", ".join(found["stable"]) or "none"
+    return [
+        f"artifact: {len(found['stable'])} of {len(found['points'])} points below full keep order and cost in all "
+        f"{found['runs']} runs over seeds and texts: {stable}"
     ]
 
 

@@ -55,6 +55,7 @@ ASSESSMENT: dict[str, Any] = {
             "monotoneKl": [0.0, 0.1, 0.1],
         }
     },
+    "stability": {"runs": 6, "stable": ["b750"], "points": ["b500", "b750"]},
     "steps": [
         {
             "stepTokens": 8,
@@ -116,6 +117,13 @@ def test_table_and_page_give_both_costs_of_every_point_and_the_winner_at_a_share
     assert re.search(r"share of bytes +steps of 8\n +0.75 +token\n +0.25 +none measured$", text)
     assert "<td>b500</td><td>0.500</td><td>0.800</td>" in page(ASSESSMENT)
     assert "<td>0.75</td><td>token</td>" in page(ASSESSMENT)
+
+
+def test_table_and_page_name_the_stable_points_where_that_was_measured() -> None:
+    said = "1 of 2 points below full keep order and cost in all 6 runs over seeds and texts: b750"
+    assert said in table(ASSESSMENT)
+    assert said in page(ASSESSMENT)
+    assert "keep order" not in table(ASSESSMENT | {"stability": None})
 
 
 def test_without_steps_nothing_is_said_of_bytes() -> None:
