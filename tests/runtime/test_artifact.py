@@ -260,6 +260,7 @@ def test_folder_without_a_checkpoint_is_refused_before_anything_is_loaded(source
     ("changed", "message"),
     [
         ({"sub_experts": 0}, "--sub-experts must be at least 1; found 0"),
+        ({"rank": 0}, "--rank must be at least 1; found 0. '--compensation none' fits none"),
         ({"threads": 0}, "--threads must be at least 1; found 0"),
         ({"policy": "best"}, "policy is one of prism, paper, sorted, random; found 'best'"),
         ({"calibration": Path("absent.txt")}, "there is no text file 'absent.txt'"),
@@ -268,6 +269,11 @@ def test_folder_without_a_checkpoint_is_refused_before_anything_is_loaded(source
 def test_argument_that_cannot_be_is_refused(changed: dict[str, Any], message: str, source: Path) -> None:
     with pytest.raises(RecipeRefused, match=message):
         letters(source, **changed)
+
+
+def test_rank_above_the_hidden_width_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeRefused, match="--rank is at most the model's hidden width 48; found 49"):
+        refactor_model(letters(source, policy="prism", rank=49), tmp_path / "out")
 
 
 def test_plain_text_alone_is_enough_if_it_is_long_and_refused_with_the_remedy_if_not(

@@ -210,6 +210,7 @@ def test_command_line_shards_and_merges(
     assert f"shard 1 of 2: 8 tasks of pass {passes} of {passes} are in '{work}'" in printed.out
     assert ("start this command again when they have finished" in printed.out) == (passes > 1)
     assert "MiB of memory: " in printed.err
+    assert ("text of the compensation" in printed.err) == (asked.policy == "prism")
     assert content(tmp_path / "out") == expected
 
 

@@ -1,6 +1,7 @@
 """The stages that read the calibration text: saliency, rows, metric, and the limits of the swap search."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import TypeVar, overload
 
@@ -11,6 +12,7 @@ from prism_runtime.refactor.compensation import Trajectory
 from prism_runtime.refactor.fit import RecipeSettings, measure_metric, partition_settings
 from prism_runtime.refactor.layer_search import Limits, energy_limits, starting_energies
 from prism_runtime.refactor.masked import Experts, LayerRows, MaskedModel, capture
+from prism_runtime.refactor.memory import FLOAT32, lockstep_sequences
 from prism_runtime.refactor.metric import ordinary
 from prism_runtime.refactor.partition import Saliency
 from prism_runtime.refactor.pipeline import Run
@@ -56,7 +58,7 @@ class Calibration:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.settings = recipe_settings(run.request)
+        self.settings = replace(recipe_settings(run.request), fit_sequences=_fit_sequences(run))
         layers = len(run.shape.moe_layers)
         self.saliency_stage = Stage.of("saliency", {}, run.root)
         self.rows_stages = [Stage.of(f"rows-{layer}", {}, run.root) for layer in range(layers)]
@@ -158,8 +160,14 @@ def recipe_settings(request: RefactorRequest) -> RecipeSettings:
         kappa=None if "adaptive-gate" in request.without else RecipeSettings().kappa,
         allocation="layer" if request.allocation == "layer" else "single",
         compensation=COMPENSATIONS[request.compensation],
+        rank=request.rank,
         seed=request.seed,
     )
+
+
+def _fit_sequences(run: Run) -> int:
+    model_bytes = sum(FLOAT32 * parameter.numel() for parameter in run.model.parameters())
+    return lockstep_sequences(run.shape.hidden, run.texts.length, model_bytes)
 
 
 def _search_parameters(settings: RecipeSettings) -> Facts:

@@ -102,6 +102,14 @@ def _add_refactor(commands: CommandParsers) -> None:
         help="low-rank repair of what is dropped, fitted along the sparse model or the full one (default %(default)s)",
     )
     prism.add_argument(
+        "--rank",
+        type=int,
+        default=8,
+        metavar="R",
+        help="of the compensation: it costs 2R/3 neurons a token and layer, and a wider model wants more of it "
+        "(default %(default)s; 32 for SmolLM2-135M, which is 576 wide)",
+    )
+    prism.add_argument(
         "--allocation",
         choices=("single", "layer"),
         default="single",
@@ -169,6 +177,7 @@ def run_refactor(arguments: argparse.Namespace) -> int:
             points_permille=arguments.points and tuple(arguments.points),
             metric=arguments.metric,
             compensation=arguments.compensation,
+            rank=arguments.rank,
             allocation=arguments.allocation,
             without=tuple(arguments.without),
             licence=arguments.licence,

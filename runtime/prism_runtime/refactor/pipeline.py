@@ -18,7 +18,7 @@ from prism_runtime.refactor.evaluate import require_spread
 from prism_runtime.refactor.progress import Reporter
 from prism_runtime.refactor.request import RecipeRefused, RefactorRequest
 from prism_runtime.refactor.stages import Output, Shard, Stage, WorkFolder
-from prism_runtime.refactor.text import TokenSequence, cut_sequences, hold_out, provenance, read_documents
+from prism_runtime.refactor.text import TokenSequence, cut_sequences, hold_out, provenance, read_documents, spread
 
 SEQUENCE_LENGTH = 256
 SEQUENCES_PER_DOMAIN = 64
@@ -46,10 +46,11 @@ class Texts:
         self.held: Sequence[TokenSequence] = ()
         if request.policy == "prism":
             documents, for_thresholds = hold_out(documents)
-            self.held = cut_sequences(for_thresholds, tokenizer, length, SEQUENCES_FOR_THRESHOLDS)
+            self.held = spread(cut_sequences(for_thresholds, tokenizer, length), SEQUENCES_FOR_THRESHOLDS)
         self.length = length
-        self.calibration: Sequence[TokenSequence] = cut_sequences(documents, tokenizer, length, SEQUENCES_PER_DOMAIN)
-        self.evaluation: Sequence[TokenSequence] = cut_sequences(held, tokenizer, length, SEQUENCES_PER_DOMAIN)
+        calibration, evaluation = (cut_sequences(each, tokenizer, length) for each in (documents, held))
+        self.calibration: Sequence[TokenSequence] = spread(calibration, SEQUENCES_PER_DOMAIN)
+        self.evaluation: Sequence[TokenSequence] = spread(evaluation, SEQUENCES_PER_DOMAIN)
         require_spread([each.domain for each in self.evaluation])  # minutes before the evaluation would find out
         self.provenance: list[CalibrationText] = provenance(request.calibration, documents, self.calibration)
 
@@ -65,6 +66,8 @@ class Run:
         self.model: PreTrainedModel
         self.model, tokenizer = load_pretrained(request.model)
         self.shape = shape_of(self.model, request.sub_experts)
+        if request.rank > self.shape.hidden:
+            raise RecipeRefused(f"--rank is at most the model's hidden width {self.shape.hidden}; found {request.rank}")
         length = min(SEQUENCE_LENGTH, self.model.config.get_text_config().max_position_embeddings)
         self.texts = Texts(request, tokenizer, length)
 

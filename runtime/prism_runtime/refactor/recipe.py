@@ -100,7 +100,9 @@ class _Recipe:
         domains = {document.domain for document in read_documents(request.calibration)}
         tokens = len(domains) * SEQUENCES_PER_DOMAIN * SEQUENCE_LENGTH
         whole = request.policy in ("prism", "paper")
-        reporter.state_memory(memory_needed(request.model, whole_experts=whole, tokens=tokens))
+        compensated = request.policy == "prism" and request.compensation != "none"
+        needed = memory_needed(request.model, whole_experts=whole, compensated=compensated, tokens=tokens)
+        reporter.state_memory(needed)
         self._run = Run(request, WorkFolder(folder, others), reporter)
         request.write(folder)
         self._calibration = Calibration(self._run)

@@ -40,6 +40,7 @@ class RefactorRequest:
     policy           how neurons become sub-experts
     metric           of the partition's objective: 'fisher' needs a backward pass, 'identity' none
     compensation     policy 'prism': trajectory that what repairs the drops is fitted on, or 'none'
+    rank             policy 'prism': of the compensation; no more than the model's hidden width
     allocation       policy 'prism': a 'single' threshold, or one a 'layer'
     without          policy 'prism': ingredients to leave out
     points_permille  budgets to measure; None takes the policy's default
@@ -55,6 +56,7 @@ class RefactorRequest:
     points_permille: tuple[int, ...] | None = None
     metric: str = "fisher"
     compensation: str = "lockstep"
+    rank: int = 8
     allocation: str = "single"
     without: tuple[str, ...] = ()
     licence: str = "unspecified"
@@ -76,6 +78,8 @@ class RefactorRequest:
             raise RecipeRefused(f"ingredients are {', '.join(INGREDIENTS)}; found {sorted(unknown)}")
         if self.sub_experts < 1:
             raise RecipeRefused(f"--sub-experts must be at least 1; found {self.sub_experts}")
+        if self.rank < 1:
+            raise RecipeRefused(f"--rank must be at least 1; found {self.rank}. '--compensation none' fits none")
         if self.threads < 1:
             raise RecipeRefused(f"--threads must be at least 1; found {self.threads}")
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from prism_api.manifest import Divergence
 from prism_runtime.refactor.evaluate import PointQuality, clustered_mean
+from prism_runtime.refactor.memory import lockstep_bytes, lockstep_sequences
 from prism_runtime.refactor.partition import (
     Partition,
     Saliency,
@@ -165,6 +166,14 @@ def test_held_out_documents_are_disjoint_and_cover_every_domain() -> None:
     kept, held = hold_out(documents)
     assert {d.text for d in kept} | {d.text for d in held} == {d.text for d in documents}
     assert [d.text for d in held] == ["a3", "a7", "b3", "b7"]
+
+
+def test_text_of_a_compensation_is_bounded_by_memory_that_grows_with_the_model() -> None:
+    small = lockstep_sequences(hidden=576, length=256, model_bytes=540_000_000)
+    assert lockstep_bytes(576, small * 256) <= 2 * 2**30 < lockstep_bytes(576, (small + 1) * 256)
+    large = lockstep_sequences(hidden=2048, length=256, model_bytes=28_000_000_000)
+    assert 2 * 2**30 < lockstep_bytes(2048, large * 256) <= 7_000_000_000
+    assert lockstep_sequences(hidden=100_000, length=100_000, model_bytes=0) == 1
 
 
 def test_a_few_sequences_are_spread_over_all_documents_of_every_domain() -> None:
