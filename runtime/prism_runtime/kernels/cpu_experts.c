@@ -17,19 +17,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
+// LANES of a vector; UP neurons of the up product at once, so that their sums of ROWS rows stay in registers
 #if defined(__AVX512F__)
 #define LANES 16
+#define UP 2
 #elif defined(__AVX__)
 #define LANES 8
+#define UP 1
 #else
 #define LANES 4
+#define UP 1
 #endif
+#define DOWN 8  // neurons of the down product at once: outputs are read and written once for so many
 #define ROWS 4
-#define PAIRS 4
 #define MOST_THREADS 64
 #define THREAD_WORTH 1000000  // multiply-adds that take as long as a thread's start, about 20 us
 
@@ -82,6 +86,9 @@ INLINE void store_halves(uint16_t *to, lanes values) {
 }
 
 INLINE float total(lanes v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#endif
     for (int step = LANES / 2; step; step /= 2)
         for (int i = 0; i < step; i++) v[i] += v[i + step];
     return v[0];
@@ -128,30 +135,39 @@ typedef struct {
 
 // -- the two products, for any processor ---------------------------------------------------------------------------
 
-INLINE void up_rows(int half, int rows, int64_t width, const void *const *x, const void *w1, int64_t gate_at,
+// `some` neurons from the one whose weights lie at `gate_at` and `up_at`.
+INLINE void up_rows(int half, int rows, int some, int64_t width, const void *const *x, const void *w1, int64_t gate_at,
                     int64_t up_at, float *gate, float *up, int64_t stride) {
-    lanes g[ROWS] = {{0}}, u[ROWS] = {{0}};
+    lanes g[ROWS][UP] = {{{0}}}, u[ROWS][UP] = {{{0}}};
     for (int64_t c = 0; c < width; c += LANES) {
-        lanes wg = load(w1, gate_at + c, half), wu = load(w1, up_at + c, half);
+        lanes wg[UP], wu[UP];
+        for (int k = 0; k < some; k++) {
+            wg[k] = load(w1, gate_at + k * width + c, half);
+            wu[k] = load(w1, up_at + k * width + c, half);
+        }
         for (int r = 0; r < rows; r++) {
             lanes v = load(x[r], c, half);
-            g[r] += v * wg;
-            u[r] += v * wu;
+            for (int k = 0; k < some; k++) {
+                g[r][k] += v * wg[k];
+                u[r][k] += v * wu[k];
+            }
         }
     }
-    for (int r = 0; r < rows; r++) gate[r * stride] = total(g[r]), up[r * stride] = total(u[r]);
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < some; k++) gate[r * stride + k] = total(g[r][k]), up[r * stride + k] = total(u[r][k]);
 }
 
-INLINE void down_rows(int half, int rows, int64_t width, const float *activated, int64_t stride, const void *w2,
-                      int64_t at, int some, float *const *out) {
+// Adds `some` neurons, from the one whose weights lie at `at`, to the outputs.
+INLINE void down_rows(int half, int rows, int some, int64_t width, const float *activated, int64_t stride,
+                      const void *w2, int64_t at, float *const *out) {
     for (int64_t c = 0; c < width; c += LANES) {
-        lanes w[4] = {{0}};
+        lanes w[DOWN];
         for (int k = 0; k < some; k++) w[k] = load(w2, at + k * width + c, half);
         for (int r = 0; r < rows; r++) {
             const float *a = activated + r * stride;
-            lanes sum = w[0] * a[0];
-            for (int k = 1; k < some; k++) sum += w[k] * a[k];
-            *(lanes *)(out[r] + c) += sum;
+            lanes sum = *(lanes *)(out[r] + c);
+            for (int k = 0; k < some; k++) sum += w[k] * a[k];
+            *(lanes *)(out[r] + c) = sum;
         }
     }
 }
@@ -174,26 +190,29 @@ INLINE void add_bias(const shape *s, int half, int64_t m, const void *b1, int64_
 INLINE void run_sub(const shape *s, int half, int64_t m, const void *w1, const void *w2, const void *b1, int64_t sub,
                     scratch *t) {
     int64_t d = s->neurons, width = s->hidden, stride = t->padded;
-    for (int64_t j = 0; j < d; j++) {
-        int64_t gate_at = (sub * 2 * d + j) * width, up_at = gate_at + d * width;
-#define UP(rows) \
-    up_rows(half, rows, width, t->x + r, w1, gate_at, up_at, t->gate + r * stride + j, t->up + r * stride + j, stride)
-        EACH_BLOCK(r, m, UP)
-    }
+#define UP_ROWS(rows, some)                                                                                  \
+    up_rows(half, rows, some, width, t->x + r, w1, (sub * 2 * d + j) * width, (sub * 2 * d + d + j) * width, \
+            t->gate + r * stride + j, t->up + r * stride + j, stride)
+#define UP_SOME(rows) UP_ROWS(rows, UP)
+#define UP_ONE(rows) UP_ROWS(rows, 1)
+    int64_t j = 0;
+    for (; j + UP <= d; j += UP) EACH_BLOCK(r, m, UP_SOME)
+    for (; j < d; j++) EACH_BLOCK(r, m, UP_ONE)
     if (b1) add_bias(s, half, m, b1, sub, t);
     activate_rows(s, m, t);
-    for (int64_t j = 0; j < d; j += 4) {
-        int some = d - j < 4 ? (int)(d - j) : 4;
-#define DOWN(rows) \
-    down_rows(half, rows, width, t->gate + r * stride + j, stride, w2, (sub * d + j) * width, some, t->out + r)
-        EACH_BLOCK(r, m, DOWN)
-    }
+#define DOWN_ROWS(rows, some)                                                                                     \
+    down_rows(half, rows, some, width, t->gate + r * stride + j, stride, w2, (sub * d + j) * width, t->out + r)
+#define DOWN_SOME(rows) DOWN_ROWS(rows, DOWN)
+#define DOWN_ONE(rows) DOWN_ROWS(rows, 1)
+    for (j = 0; j + DOWN <= d; j += DOWN) EACH_BLOCK(r, m, DOWN_SOME)
+    for (; j < d; j++) EACH_BLOCK(r, m, DOWN_ONE)
 }
 
 // -- the two products, where the processor multiplies bfloat16 -------------------------------------------------------
 
 #ifdef __AVX512BF16__
 #define STEP 32  // bfloat16 values of a register
+#define PAIRS (DOWN / 2)
 
 INLINE __m512bh bits_at(const void *values, int64_t at) {
     return (__m512bh)_mm512_loadu_si512((const uint16_t *)values + at);
