@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from prism_runtime.refactor.allocation import LEVELS, layer_budgets, measure_losses
 from prism_runtime.refactor.compensation import Trajectory, fit_compensation
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.fit import RecipeSettings, fit_recipe
+from prism_runtime.refactor.gates import GateKind
 from prism_runtime.refactor.masked import MaskedModel
 from prism_runtime.refactor.text import TokenSequence
 from prism_runtime.refactor.thresholds import calibrate_thresholds, everything
@@ -29,7 +31,7 @@ def divergence(masked: MaskedModel, sequences: list[TokenSequence], method: Elas
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("allocation", ["single", "layer"])
+@pytest.mark.parametrize("allocation", ["single", "layer", "dp"])
 def test_a_fitted_point_spends_its_budget_on_the_held_out_text(architecture: str, allocation: str) -> None:
     model = tiny_model(architecture)
     settings = replace(SETTINGS, allocation=allocation)
@@ -42,6 +44,29 @@ def test_a_fitted_point_spends_its_budget_on_the_held_out_text(architecture: str
     assert masked.realised == pytest.approx(0.5, abs=0.005)
     if allocation == "layer":
         assert masked.realised_by_layer == pytest.approx([0.5] * len(masked.experts), abs=0.01)
+
+
+def test_layers_get_the_budgets_of_the_knapsack_over_what_each_loses_alone() -> None:
+    model = tiny_model("qwen3_moe")
+    settings = replace(SETTINGS, allocation="dp", compensation=None)
+    fitted = fit_recipe(model, text(1), text(2), settings)
+    masked = MaskedModel(model)
+    masked.permute(fitted.perms)
+    losses = measure_losses(masked, text(2), fitted.gates)
+    assert (losses.loss[:, :-1] > losses.loss[:, 1:]).mean() > 0.8
+    assert losses.budget.mean(0) == pytest.approx(LEVELS, abs=0.25), "the gate costs, tiny experts more than large ones"
+    masked.log_probabilities(text(2), fitted.method(500))
+    assert masked.realised_by_layer == pytest.approx(layer_budgets(losses, 0.5).tolist(), abs=0.01)
+
+
+@pytest.mark.parametrize("gate", ["pca", "prior"])
+def test_a_point_of_any_gate_spends_its_budget(gate: GateKind) -> None:
+    model = tiny_model("qwen3_moe")
+    fitted = fit_recipe(model, text(1), text(2), replace(SETTINGS, gate=gate))
+    masked = MaskedModel(model)
+    masked.permute(fitted.perms)
+    masked.log_probabilities(text(2), fitted.method(500))
+    assert masked.realised == pytest.approx(0.5, abs=0.005)
 
 
 def test_the_first_sweep_over_the_text_already_finds_thresholds_near_the_budget() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,22 @@ def test_the_artifact_of_the_recipe_chooses_by_gates_and_keeps_its_budget(
         assert half.touched_bytes_share is not None
         assert list(half.touched_bytes_share) == ["8"]
         assert 0.5 < half.touched_bytes_share["8"] <= 1
+
+
+def test_gate_and_allocation_are_in_the_manifest_and_in_what_resumes(tmp_path: Path) -> None:
+    source = write_source(tmp_path)
+    asked = RefactorRequest(
+        source, tmp_path / "text.jsonl", sub_experts=4, points_permille=(500,), gate="prior", allocation="dp"
+    )
+    first = refactor_model(asked, tmp_path / "first", work=tmp_path / "work")
+    assert (first.gate["fit"], first.gate["features"], first.gate["allocation"]) == ("prior", [], "dp")
+    done = outputs(tmp_path / "work")
+    assert any(name.startswith("losses") for name in done)
+    refactor_model(asked, tmp_path / "second", work=tmp_path / "work", resume=True)
+    assert content(tmp_path / "second") == content(tmp_path / "first")
+    assert outputs(tmp_path / "work") == done
+    with pytest.raises(WorkFolderRefused, match="gate"):
+        refactor_model(replace(asked, gate="ridge"), tmp_path / "third", work=tmp_path / "work")
 
 
 def test_three_shards_in_a_folder_each_merge_to_the_bytes_of_one_process(

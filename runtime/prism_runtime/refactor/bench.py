@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from prism_runtime import native
-from prism_runtime.refactor.gates import fit_log_ridge
+from prism_runtime.refactor.gates import fit_gate
 from prism_runtime.refactor.layer_search import (
     ExpertSearch,
     PartitionSettings,
@@ -98,7 +98,7 @@ def measure(shape: Shape, settings: PartitionSettings, threads: int) -> Measurem
     perm = partition_layer(experts, rows, metric, settings, limits=limits, means=means, start=perm, threads=threads)
     partitioned = time.perf_counter()
     torch.set_num_threads(threads)
-    fit_log_ridge(experts.permuted(perm), rows, metric, shape.sub_experts, token=None, kappa=None)
+    fit_gate(experts.permuted(perm), rows, metric, shape.sub_experts, token=None, kappa=None)
     finished, cpu_finished = time.perf_counter(), time.process_time()
     return Measurement(
         shape=shape,

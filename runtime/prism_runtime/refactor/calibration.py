@@ -9,7 +9,8 @@ from torch import Tensor
 
 from prism_runtime.refactor.calibrate import calibrate
 from prism_runtime.refactor.compensation import Trajectory
-from prism_runtime.refactor.fit import RecipeSettings, measure_metric, partition_settings
+from prism_runtime.refactor.fit import Allocation, RecipeSettings, measure_metric, partition_settings
+from prism_runtime.refactor.gates import GateKind
 from prism_runtime.refactor.layer_search import Limits, energy_limits, starting_energies
 from prism_runtime.refactor.masked import Experts, LayerRows, MaskedModel, capture
 from prism_runtime.refactor.memory import FLOAT32, lockstep_sequences
@@ -22,6 +23,8 @@ from prism_runtime.refactor.stages import Facts, Output, Stage
 
 Item = TypeVar("Item")
 
+GATES: dict[str, GateKind] = {"ridge": "ridge", "pca": "pca", "prior": "prior"}
+ALLOCATIONS: dict[str, Allocation] = {"single": "single", "layer": "layer", "dp": "dp"}
 COMPENSATIONS: dict[str, Trajectory | None] = {"lockstep": "lockstep", "dense": "dense", "none": None}
 
 
@@ -158,7 +161,8 @@ def recipe_settings(request: RefactorRequest) -> RecipeSettings:
         token_factor="token-factor" not in request.without,
         centred="second-pass" not in request.without,
         kappa=None if "adaptive-gate" in request.without else RecipeSettings().kappa,
-        allocation="layer" if request.allocation == "layer" else "single",
+        gate=GATES[request.gate],
+        allocation=ALLOCATIONS[request.allocation],
         compensation=COMPENSATIONS[request.compensation],
         rank=request.rank,
         seed=request.seed,

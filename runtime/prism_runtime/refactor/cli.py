@@ -110,10 +110,19 @@ def _add_refactor(commands: CommandParsers) -> None:
         "(default %(default)s; 32 for SmolLM2-135M, which is 576 wide)",
     )
     prism.add_argument(
+        "--gate",
+        default="ridge",
+        metavar="KIND",
+        help="what predicts a sub-expert's output norm: ridge, a regression on all of the experts' input; pca, on its "
+        "64 leading components, for calibration text with few rows an expert; prior, the mean over the calibration "
+        "text, the same for every token, which costs nothing (default %(default)s)",
+    )
+    prism.add_argument(
         "--allocation",
-        choices=("single", "layer"),
+        choices=("single", "layer", "dp"),
         default="single",
-        help="one threshold for all layers, or one for each (default %(default)s)",
+        help="single: one threshold for all layers; layer: one for each, at equal budgets; dp: one for each, at "
+        "budgets that a knapsack over the measured loss of every layer alone gives (default %(default)s)",
     )
     prism.add_argument(
         "--without",
@@ -178,6 +187,7 @@ def run_refactor(arguments: argparse.Namespace) -> int:
             metric=arguments.metric,
             compensation=arguments.compensation,
             rank=arguments.rank,
+            gate=arguments.gate,
             allocation=arguments.allocation,
             without=tuple(arguments.without),
             licence=arguments.licence,

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from prism_runtime.kernels.contract import CompensationWeights, GateWeights
 from prism_runtime.kernels.selection import log_token_factor
+from prism_runtime.refactor.allocation import LayerLosses, layer_budgets, measure_losses
 from prism_runtime.refactor.compensation import Trajectory, fit_compensation
 from prism_runtime.refactor.elastic import ElasticMethod
-from prism_runtime.refactor.gates import EnergyForm, fit_log_ridge
+from prism_runtime.refactor.gates import EnergyForm, GateKind, fit_gate
 from prism_runtime.refactor.layer_search import (
     Limits,
     PartitionSettings,
@@ -36,6 +37,7 @@ CENTRE_BUDGET = 0.5
 """Whose drops the second pass of the partition takes the means of."""
 LIMIT_ROWS = 256
 
+Allocation = Literal["single", "layer", "dp"]
 Report = Callable[[str], None]
 
 
@@ -50,7 +52,9 @@ class RecipeSettings:
     proposals         swaps the partition tries for an expert; None: as many as its neurons want
     partition_rows    rows of an expert that the partition reads
     kappa             gate outputs farther from the threshold than this many deviations are not computed; None: all are
-    allocation        one threshold over all layers, or one a layer
+    gate              what a sub-expert's output norm is predicted from
+    allocation        one threshold over all layers, one a layer at equal budgets, or one a layer at budgets that a
+                      knapsack over measured losses gives
     compensation      text the compensation is fitted along; None for none
     rank              of the compensation
     rounds            times that thresholds and compensation are fitted to each other
@@ -67,7 +71,8 @@ class RecipeSettings:
     partition_rows: int = 4_000
     centred: bool = True
     kappa: float | None = 1.7
-    allocation: Literal["single", "layer"] = "single"
+    gate: GateKind = "ridge"
+    allocation: Allocation = "single"
     compensation: Trajectory | None = "lockstep"
     rank: int = 8
     rounds: int = 1
@@ -126,10 +131,14 @@ def fit_recipe(
     calibrated = calibrate_recipe(model, calibration, settings, report)
     masked = MaskedModel(model)
     gated = fit_gated(masked, calibrated, held, settings, report)
+    losses = None
+    if settings.allocation == "dp":
+        report("losses of layers")
+        losses = measure_losses(masked, held, gated.gates)
     points = {}
     for permille in settings.budgets_permille:
         report(f"budget {permille}")
-        method = fit_budget(masked, calibration, held, gated.gates, gated.metric, permille / 1000, settings)
+        method = fit_budget(masked, calibration, held, gated.gates, gated.metric, permille / 1000, settings, losses)
         points[permille] = FittedPoint(method.log_tau, method.compensation)
     return FittedRecipe(gated.perms, gated.gates, gated.metric, points)
 
@@ -269,7 +278,7 @@ def fit_gates(
 ) -> list[GateWeights]:
     """The gate of every layer, for the partition that `masked` stands in."""
     return [
-        fit_log_ridge(experts, layer, form, settings.sub_experts, token, settings.kappa)
+        fit_gate(experts, layer, form, settings.sub_experts, token, settings.kappa, settings.gate)
         for experts, layer, form, token in zip(masked.experts, rows, forms, tokens, strict=True)
     ]
 
@@ -282,17 +291,19 @@ def fit_budget(
     forms: Sequence[Tensor],
     budget: float,
     settings: RecipeSettings,
+    losses: LayerLosses | None = None,
 ) -> ElasticMethod:
-    """Thresholds and compensation of one budget, all costs counted on the held-out text."""
-    by_layer = settings.allocation == "layer"
+    """Thresholds and compensation of one budget, all costs counted on the held-out text; `losses` for allocation dp."""
+    by_layer = settings.allocation != "single"
+    shares = budget if losses is None else layer_budgets(losses, budget)
     start = ElasticMethod(gates, everything(len(gates)))
-    method = calibrate_thresholds(masked, held, start, budget, by_layer=by_layer)
+    method = calibrate_thresholds(masked, held, start, shares, by_layer=by_layer)
     if settings.compensation is None:
         return method
     text = _spread(calibration, settings.fit_sequences)
     for _ in range(settings.rounds):
         method = fit_compensation(masked, text, method, forms, settings.rank, settings.compensation)
-        method = calibrate_thresholds(masked, held, method, budget, by_layer=by_layer)
+        method = calibrate_thresholds(masked, held, method, shares, by_layer=by_layer)
     return method
 
 

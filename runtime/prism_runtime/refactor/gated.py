@@ -11,6 +11,7 @@ from torch import Tensor
 from prism_api import FULL
 from prism_api.manifest import Divergence, MeasuredPoint
 from prism_runtime.kernels.contract import CompensationWeights, GateWeights
+from prism_runtime.refactor.allocation import LEVELS, SEQUENCES, LayerLosses, measure_losses, measured_text
 from prism_runtime.refactor.artifact import write_sidecar
 from prism_runtime.refactor.baselines import TopK
 from prism_runtime.refactor.bootstrap import Resampling
@@ -19,7 +20,7 @@ from prism_runtime.refactor.calibration import Calibration
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.evaluate import Subject, clustered_mean, evaluate_methods, relative_quality
 from prism_runtime.refactor.fit import FittedPoint, fit_budget
-from prism_runtime.refactor.gates import fit_log_ridge
+from prism_runtime.refactor.gates import fit_gate
 from prism_runtime.refactor.method import Method
 from prism_runtime.refactor.partition import Partition
 from prism_runtime.refactor.pipeline import Finished, Run, Texts
@@ -30,6 +31,8 @@ from prism_runtime.refactor.stages import Output, Stage
 
 DEFAULT_POINTS_PERMILLE = tuple(range(250, 1000, 50))
 """Candidates; those that the hull and the bootstrap leave become points."""
+FEATURES = {"ridge": ["x"], "pca": ["x"], "prior": []}
+"""What a gate of each kind reads, as the manifest tells."""
 
 
 class GatedPoints:
@@ -39,7 +42,7 @@ class GatedPoints:
         """`partition` are the stages that made what `finish` is given."""
         self._run, self._calibration = run, calibration
         settings = calibration.settings
-        gate = {"token_factor": settings.token_factor, "kappa": settings.kappa}
+        gate = {"kind": settings.gate, "token_factor": settings.token_factor, "kappa": settings.kappa}
         self._layers = range(len(run.shape.moe_layers))
         self._gate_stages = [
             Stage.of(f"gate-{layer}", gate, *partition, calibration.metric_stages[layer]) for layer in self._layers
@@ -53,9 +56,12 @@ class GatedPoints:
             "rounds": settings.rounds,
             "fit_sequences": settings.fit_sequences,
         }
+        self._losses_stage = Stage.of("losses", {"levels": LEVELS, "sequences": SEQUENCES}, *self._gate_stages)
+        fitted_from = [*self._gate_stages, *calibration.metric_stages]
+        if settings.allocation == "dp":
+            fitted_from.append(self._losses_stage)
         self._point_stages = {
-            permille: Stage.of(f"point-{permille}", fitted, *self._gate_stages, *calibration.metric_stages)
-            for permille in self._budgets
+            permille: Stage.of(f"point-{permille}", fitted, *fitted_from) for permille in self._budgets
         }
 
     def finish(self, perms: Sequence[Tensor], checkpoint: Path) -> Finished:
@@ -92,7 +98,12 @@ class GatedPoints:
                 )
                 for permille in kept
             ],
-            recipe.manifest_entry(features=["x"], allocation=settings.allocation, compensation=compensation),
+            recipe.manifest_entry(
+                features=FEATURES[settings.gate],
+                fit=settings.gate,
+                allocation=settings.allocation,
+                compensation=compensation,
+            ),
         )
 
     @property
@@ -119,13 +130,14 @@ class GatedPoints:
 
     def _fit_gate(self, layer: int) -> Output:
         calibration = self._calibration
-        gate = fit_log_ridge(
+        gate = fit_gate(
             calibration.masked.experts[layer],
             calibration.rows[layer],
             calibration.forms[layer],
             self._run.shape.sub_experts,
             calibration.token_factor(layer),
             calibration.settings.kappa,
+            calibration.settings.gate,
         )
         tensors = {"weight": gate.weight, "bias": gate.bias, "mean": gate.mean, "deviation": gate.deviation}
         return Output(tensors if gate.token is None else tensors | {"token": gate.token})
@@ -150,11 +162,27 @@ class GatedPoints:
             calibration.forms,
             permille / 1000,
             calibration.settings,
+            self._losses,
         )
         tensors = {"log_tau": method.log_tau}
         for layer, weights in enumerate(method.compensation or ()):
             tensors |= {f"{layer}.a": weights.a, f"{layer}.u": weights.u, f"{layer}.c": weights.c}
         return Output(tensors)
+
+    @cached_property
+    def _losses(self) -> LayerLosses | None:
+        """What layers lose by running less; None where budgets do not ask."""
+        if self._calibration.settings.allocation != "dp":
+            return None
+        tensors = self._run.work.run(self._losses_stage, self._measure_losses).tensors
+        return LayerLosses(tensors["budget"].numpy(), tensors["loss"].numpy())
+
+    def _measure_losses(self) -> Output:
+        held = self._run.texts.held
+        total = len(self._layers) * len(LEVELS) * len(measured_text(held))
+        with self._run.reporter.bar("losses of layers", total, "sequences") as advance:
+            found = measure_losses(self._calibration.masked, held, self._gates, advance)
+        return Output({"budget": torch.from_numpy(found.budget), "loss": torch.from_numpy(found.loss)})
 
     def _quality(self, fitted: Mapping[int, FittedPoint]) -> dict[int, Output]:
         texts, work = self._run.texts.evaluation, self._run.work

@@ -4,6 +4,8 @@ The logarithm is what a threshold compares, and its error does not grow with the
 [H, H] (see `metric.py`), which makes one unit mean the same in every layer.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,13 @@ from prism_runtime.refactor.masked import Experts, LayerRows
 from prism_runtime.refactor.metric import ordinary
 from prism_runtime.refactor.ridge import RidgeSums, with_ones
 
+GateKind = Literal["ridge", "pca", "prior"]
+"""How a gate predicts: from all of the experts' input, from its leading components, or alike for every token."""
+
+COMPONENTS = 64
+"""Of gate "pca". They are folded into the gate's weight, so it costs what "ridge" costs: it needs fewer rows."""
+CERTAIN = 1.7
+"""A kappa for gates whose deviation is zero: any will do, no output is ever computed."""
 PENALTY = 1e-3
 STRONGER_PENALTIES = (1e-2, 1e-1, 1.0)
 ROWS_PER_FEATURE = 20
@@ -38,8 +47,14 @@ class EnergyForm:
         return torch.bmm(cut, self._factor).square().sum(-1).t()
 
 
-def fit_log_ridge(
-    experts: Experts, rows: LayerRows, metric: Tensor, sub_experts: int, token: Tensor | None, kappa: float | None
+def fit_gate(
+    experts: Experts,
+    rows: LayerRows,
+    metric: Tensor,
+    sub_experts: int,
+    token: Tensor | None,
+    kappa: float | None,
+    kind: GateKind = "ridge",
 ) -> GateWeights:
     """The gate of one layer; experts are permuted. Weights are rounded to bfloat16, as artifacts store them.
 
@@ -49,6 +64,7 @@ def fit_log_ridge(
     weight = torch.zeros(count, sub_experts, hidden)
     bias, mean, deviation = (torch.zeros(count, sub_experts) for _ in range(3))
     rows = rows.select(ordinary(rows.rms))
+    components = _leading(rows.x) if kind == "pca" else None
     for expert in range(count):
         x = rows.x[rows.routed(expert)[0]]
         form = EnergyForm(experts.down[expert], metric, sub_experts)
@@ -58,8 +74,15 @@ def fit_log_ridge(
             continue
         energy = form.energies(experts.activations(x, expert))
         average = energy.mean(0).clamp(min=1e-30)
-        features, target = with_ones(x), 0.5 * (energy + ENERGY_FLOOR * average).log()
-        solved = _regress(features, target)
+        if kind == "prior":
+            bias[expert] = mean[expert] = 0.5 * average.log()
+            continue
+        target = 0.5 * (energy + ENERGY_FLOOR * average).log()
+        if components is None:
+            solved = _regress(with_ones(x), target)
+        else:
+            solved = _regress(with_ones(x @ components), target)
+            solved = torch.cat((components @ solved[:-1], solved[-1:]))
         weight[expert] = solved[:-1].t().bfloat16().float()
         prediction = x @ weight[expert].t() + solved[-1]
         correction = 0.5 * (average / (2 * prediction).exp().mean(0)).log()
@@ -67,7 +90,13 @@ def fit_log_ridge(
         prediction += correction
         mean[expert] = prediction.mean(0)
         deviation[expert] = prediction.std(0, correction=0)
-    return GateWeights(weight, bias, mean, deviation, token, kappa)
+    return GateWeights(weight, bias, mean, deviation, token, CERTAIN if kappa is None and kind == "prior" else kappa)
+
+
+def _leading(x: Tensor) -> Tensor:
+    """[H, q]: directions in which the rows vary most about zero, by falling size."""
+    _, vectors = torch.linalg.eigh((x.t() @ x).double())
+    return vectors[:, -COMPONENTS:].flip(1).float()
 
 
 def _regress(features: Tensor, target: Tensor) -> Tensor:

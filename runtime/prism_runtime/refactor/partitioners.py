@@ -126,6 +126,7 @@ class CentredPartitioner(_Expertwise):
         self._first = first
         settings = calibration.settings
         parameters = {
+            "gate": settings.gate,
             "token_factor": settings.token_factor,
             "kappa": settings.kappa,
             "allocation": settings.allocation,

@@ -22,7 +22,17 @@ CHOICES = {
     "policy": ("prism", "paper", "sorted", "random"),
     "metric": ("fisher", "identity"),
     "compensation": ("lockstep", "dense", "none"),
-    "allocation": ("single", "layer"),
+    "allocation": ("single", "layer", "dp"),
+}
+GATES = ("ridge", "pca", "prior")
+UNSERVED_GATES = {
+    "representative": "the published mean over gate neurons has another scale in every sub-expert, so no threshold can "
+    "compare it. It runs as published under --policy paper",
+    "neurons": "a regression on gate neurons wants those neurons before the kernels know which run. Use --gate ridge",
+    "quadratic": "a low-rank product of two projections is not what the kernels evaluate, one row of weights a "
+    "sub-expert. Use --gate ridge",
+    "gate-first": "a whole gate projection a token is two thirds of what dropping saves, and the kernels run slices. "
+    "'prism-runtime evaluate' measures it. Use --gate ridge",
 }
 INGREDIENTS = ("token-factor", "second-pass", "adaptive-gate")
 PATHS = ("model", "calibration", "evaluation")
@@ -41,7 +51,8 @@ class RefactorRequest:
     metric           of the partition's objective: 'fisher' needs a backward pass, 'identity' none
     compensation     policy 'prism': trajectory that what repairs the drops is fitted on, or 'none'
     rank             policy 'prism': of the compensation; no more than the model's hidden width
-    allocation       policy 'prism': a 'single' threshold, or one a 'layer'
+    gate             policy 'prism': what predicts a sub-expert's output norm
+    allocation       policy 'prism': a 'single' threshold, one a 'layer' at equal budgets, or at budgets by 'dp'
     without          policy 'prism': ingredients to leave out
     points_permille  budgets to measure; None takes the policy's default
     seed             of everything random
@@ -57,6 +68,7 @@ class RefactorRequest:
     metric: str = "fisher"
     compensation: str = "lockstep"
     rank: int = 8
+    gate: str = "ridge"
     allocation: str = "single"
     without: tuple[str, ...] = ()
     licence: str = "unspecified"
@@ -74,6 +86,10 @@ class RefactorRequest:
         for name, known in CHOICES.items():
             if (found := getattr(self, name)) not in known:
                 raise RecipeRefused(f"{name} is one of {', '.join(known)}; found '{found}'")
+        if reason := UNSERVED_GATES.get(self.gate):
+            raise RecipeRefused(f"gate '{self.gate}' cannot be served: {reason}")
+        if self.gate not in GATES:
+            raise RecipeRefused(f"gate is one of {', '.join(GATES)}; found '{self.gate}'")
         if unknown := set(self.without) - set(INGREDIENTS):
             raise RecipeRefused(f"ingredients are {', '.join(INGREDIENTS)}; found {sorted(unknown)}")
         if self.sub_experts < 1:

@@ -48,23 +48,25 @@ def calibrate_thresholds(
     masked: MaskedModel,
     sequences: Sequence[TokenSequence],
     method: AnyThresholded,
-    budget: float,
+    budget: float | Tensor,
     *,
     by_layer: bool = False,
     rounds: int = 4,
 ) -> AnyThresholded:
     """The method with the `log_tau` [L] at which its realised budget on the text is `budget`, all costs counted.
 
-    by_layer  every layer spends the budget, by a threshold of its own; else one threshold serves all layers, and layers
+    budget    of all layers, or of each [L], which needs `by_layer`
+    by_layer  every layer spends its budget, by a threshold of its own; else one threshold serves all layers, and layers
               whose errors matter more keep more
     rounds    sweeps over the text: the first finds the thresholds of the trajectory that the method comes with
     """
-    if not 0 < budget <= 1:
+    budgets = torch.as_tensor(budget)
+    if not bool(((budgets > 0) & (budgets <= 1)).all()):
         raise ValueError(f"a budget is a share of the routed neurons in (0, 1]; found {budget}")
     layers = len(masked.experts)
     for _ in range(rounds):
         scores, realised = _sweep(masked, sequences, method)
-        error = budget - realised
+        error = budgets - realised
         farthest = error.abs().max() if by_layer else error.mean().abs()
         if error.mean().abs() < TOLERANCE and farthest < 4 * TOLERANCE and torch.isfinite(method.log_tau).all():
             break

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from prism_runtime.kernels.contract import CompensationWeights, GateWeights
+from prism_runtime.kernels.selection import gate_scores
 from prism_runtime.refactor.elastic import ElasticMethod
-from prism_runtime.refactor.gates import ENERGY_FLOOR, PENALTY, EnergyForm, fit_log_ridge
+from prism_runtime.refactor.gates import ENERGY_FLOOR, PENALTY, EnergyForm, fit_gate
 from prism_runtime.refactor.masked import Experts, LayerRows, activations_of_slots
 from prism_runtime.refactor.method import Slots
 from prism_runtime.refactor.ridge import RidgeSums
@@ -83,7 +84,7 @@ def test_energies_are_the_metric_of_every_sub_experts_own_output(
 def test_gate_is_the_ridge_of_log_norms_with_a_bias_that_keeps_the_mean_energy(
     experts: Experts, rows: LayerRows, metric: Tensor
 ) -> None:
-    gate = fit_log_ridge(experts, rows, metric, SUB_EXPERTS, None, None)
+    gate = fit_gate(experts, rows, metric, SUB_EXPERTS, None, None)
     for expert in range(EXPERTS):
         x = rows.x[rows.routed(expert)[0]]
         energy = EnergyForm(experts.down[expert], metric, SUB_EXPERTS).energies(experts.activations(x, expert))
@@ -98,11 +99,36 @@ def test_gate_is_the_ridge_of_log_norms_with_a_bias_that_keeps_the_mean_energy(
         torch.testing.assert_close(gate.mean[expert], prediction.mean(0), rtol=1e-4, atol=1e-5)
 
 
+def test_a_prior_scores_every_token_by_the_mean_energy_and_never_multiplies(
+    experts: Experts, rows: LayerRows, metric: Tensor
+) -> None:
+    gate = fit_gate(experts, rows, metric, SUB_EXPERTS, None, None, "prior")
+    x = rows.x[rows.routed(1)[0]]
+    energy = EnergyForm(experts.down[1], metric, SUB_EXPERTS).energies(experts.activations(x, 1))
+    torch.testing.assert_close((2 * gate.bias[1]).exp(), energy.mean(0), rtol=1e-3, atol=0)
+    scores, outputs = gate_scores(rows.x, rows.expert_ids, rows.router_weights.log(), gate, torch.tensor(-1.0))
+    torch.testing.assert_close(scores, gate.bias[rows.expert_ids] + rows.router_weights.log()[..., None])
+    assert int(outputs.sum()) == 0
+
+
+def test_a_gate_of_all_components_is_the_ridge_and_one_of_few_lies_in_their_span(
+    experts: Experts, rows: LayerRows, metric: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ridge = fit_gate(experts, rows, metric, SUB_EXPERTS, None, None)
+    every = fit_gate(experts, rows, metric, SUB_EXPERTS, None, None, "pca")
+    torch.testing.assert_close(every.weight, ridge.weight, rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(every.bias, ridge.bias, rtol=2e-2, atol=2e-3)
+    monkeypatch.setattr("prism_runtime.refactor.gates.COMPONENTS", 2)
+    few = fit_gate(experts, rows, metric, SUB_EXPERTS, None, None, "pca")
+    sizes = torch.linalg.svdvals(few.weight.flatten(0, 1))
+    assert sizes[2] < 0.02 * sizes[0], "but for the rounding to bfloat16, weights are made of two directions"
+
+
 def test_an_expert_that_the_text_never_reached_still_has_a_finite_gate(
     experts: Experts, rows: LayerRows, metric: Tensor
 ) -> None:
     unseen = replace(rows, expert_ids=rows.expert_ids.clamp(max=EXPERTS - 2))
-    gate = fit_log_ridge(experts, unseen, metric, SUB_EXPERTS, None, None)
+    gate = fit_gate(experts, unseen, metric, SUB_EXPERTS, None, None)
     assert torch.isfinite(gate.bias).all()
     assert torch.isfinite(gate.weight).all()
 
@@ -120,7 +146,7 @@ def test_an_expert_with_few_rows_gets_a_gate_that_is_no_worse_on_unseen_rows_tha
         )
         for count in (HIDDEN + 2, 500)
     )
-    gate = fit_log_ridge(experts, seen, metric, SUB_EXPERTS, None, None)
+    gate = fit_gate(experts, seen, metric, SUB_EXPERTS, None, None)
     form = EnergyForm(experts.down[0], metric, SUB_EXPERTS)
     target = 0.5 * form.energies(experts.activations(unseen.x, 0)).log()
     residual = target - unseen.x @ gate.weight[0].t()
@@ -139,7 +165,7 @@ def test_token_factor_recovers_a_sensitivity_that_is_linear_in_the_input(rows: L
 def test_a_lower_threshold_keeps_a_superset_and_none_keeps_all(
     experts: Experts, rows: LayerRows, metric: Tensor
 ) -> None:
-    gate = fit_log_ridge(experts, rows, metric, SUB_EXPERTS, None, None)
+    gate = fit_gate(experts, rows, metric, SUB_EXPERTS, None, None)
     slots = slots_of(experts, rows)
     kept = [method(gate, tau).choose(slots).keep for tau in (2.0, 1.0, 0.0, -1.0, -torch.inf)]
     assert kept[-1].all()
@@ -151,7 +177,7 @@ def test_a_lower_threshold_keeps_a_superset_and_none_keeps_all(
 def test_every_token_keeps_a_sub_expert_whatever_the_threshold(
     experts: Experts, rows: LayerRows, metric: Tensor
 ) -> None:
-    gate = fit_log_ridge(experts, rows, metric, SUB_EXPERTS, None, None)
+    gate = fit_gate(experts, rows, metric, SUB_EXPERTS, None, None)
     keep = method(gate, torch.inf).choose(slots_of(experts, rows)).keep
     assert (keep.sum((1, 2)) == NEURONS // SUB_EXPERTS).all()
 
@@ -160,8 +186,8 @@ def test_an_adaptive_gate_costs_less_and_differs_only_where_the_mean_is_far_from
     experts: Experts, rows: LayerRows, metric: Tensor
 ) -> None:
     slots = slots_of(experts, rows)
-    every = fit_log_ridge(experts, rows, metric, SUB_EXPERTS, None, None)
-    adaptive = fit_log_ridge(experts, rows, metric, SUB_EXPERTS, None, 1.0)
+    every = fit_gate(experts, rows, metric, SUB_EXPERTS, None, None)
+    adaptive = fit_gate(experts, rows, metric, SUB_EXPERTS, None, 1.0)
     whole, cheap = method(every, 0.5).choose(slots), method(adaptive, 0.5).choose(slots)
     assert float(whole.extra.mean()) == pytest.approx(SLOTS * SUB_EXPERTS / 3)
     assert cheap.extra.mean() < whole.extra.mean()
@@ -181,7 +207,7 @@ def test_compensation_adds_its_product_and_costs_its_two_products_and_a_row_for_
         torch.randn(rank, HIDDEN, generator=generator),
         torch.randn(EXPERTS, SUB_EXPERTS, rank, generator=generator),
     )
-    gate = fit_log_ridge(experts, rows, metric, SUB_EXPERTS, None, None)
+    gate = fit_gate(experts, rows, metric, SUB_EXPERTS, None, None)
     slots = slots_of(experts, rows)
     plain, choice = method(gate, 0.5).choose(slots), method(gate, 0.5, weights).choose(slots)
     dropped = ~choice.keep[..., :: NEURONS // SUB_EXPERTS]
@@ -199,7 +225,7 @@ def test_compensation_adds_its_product_and_costs_its_two_products_and_a_row_for_
 def test_a_batch_keeps_exactly_its_share_and_the_highest_scores_of_all_tokens(
     experts: Experts, rows: LayerRows, metric: Tensor
 ) -> None:
-    gate = fit_log_ridge(experts, rows, metric, SUB_EXPERTS, None, 1.7)
+    gate = fit_gate(experts, rows, metric, SUB_EXPERTS, None, 1.7)
     slots = slots_of(experts, rows)
     shared = replace(method(gate, 0.0), mode="batch", share=[0.5])
     keep, _ = shared.cells(slots)
