@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 
 from evidence import refactor_ablation as ablation
+from evidence import refactor_page as page
 from evidence.figures import ROOT, Figure, NotTaken, absent, load, measured, merge
 from evidence.refactor_bytes import BATCHES, SELECTIONS, ByteFigures
 from evidence.refactor_drift import ROTATIONS, DriftFigures
@@ -284,7 +285,7 @@ def main() -> int:
         ablation.run(models.small, names, SEEDS, partial(console.print, highlight=False))
     else:
         _take(names, models, console, smollm2=arguments.smollm2)
-    return 0
+    return page.main([])
 
 
 def _take(names: Sequence[str], models: Models, console: Console, *, smollm2: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from evidence import refactor_ablation as ablation
 from evidence import refactor_cache
+from evidence import refactor_page as page
 from evidence.refactor_bytes import ByteFigures
 from evidence.refactor_cache import FITTING, FitCache, sources_of
 from evidence.refactor_drift import DriftFigures, Served
@@ -208,3 +209,35 @@ def test_a_row_with_one_seed_has_no_interval() -> None:
     row = ablation.row_of("recipe", [ablation.Taken(0.004, 0.5, 10.0)], (0,))
     assert (row["value"], row["low"], row["high"]) == (4.0, None, None)
     assert replace(ablation.VARIANTS["recipe"], oracle=True) == ablation.VARIANTS["gate.oracle"]
+
+
+# -- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_holds_the_figures_of_the_evidence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert page.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_figure_is_shown_with_its_interval_and_one_that_was_not_taken_says_so() -> None:
+    taken = {"value": 10.6784, "low": 10.4622, "high": 10.8945, "unit": "ratio"}
+    lines = page.figure_table({"kl.topk_over_prism.b500": taken})
+    assert "| the same at 50 % (`kl.topk_over_prism.b500`) | 10.6784 | 10.4622 to 10.8945 | ratio |" in lines
+    assert any(line.endswith("(`kl.prism.b500`) | not taken | | |") for line in lines)
+    shares = {"bytes.b500.batch8.topk_share": taken | {"value": 0.71, "low": None}}
+    assert page.byte_table(shares | {"bytes.b500.batch8.kl_topk_over.step": taken})[2] == (
+        "| 8 | 0.71 | not taken | 10.68 (10.46 to 10.89) | not taken |"
+    )
+
+
+def test_what_a_row_changes_is_bold_and_the_recipe_s_own_is_not() -> None:
+    taken = [ablation.Taken(0.004, 0.5, 10.0)]
+    rows = [ablation.row_of(name, taken, (0,)) for name in ("recipe", "metric.identity")]
+    recipe, identity = page.ablation_table(rows)[2:]
+    assert "**" not in recipe
+    assert identity == recipe.replace("| fisher |", "| **identity** |")
+    assert recipe.endswith("| 4.00 | 10.00 | 1 |")
+
+
+def test_a_page_without_a_block_is_refused() -> None:
+    with pytest.raises(ValueError, match="no block 'bytes'"):
+        page.filled("# Page", {"bytes": []})

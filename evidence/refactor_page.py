@@ -1,0 +1,136 @@
+"""The tables of docs/evaluation.md, written from evidence/refactor.json and evidence/refactor_ablation.json alone.
+
+python -m evidence.refactor_page            write them between the page's marks
+python -m evidence.refactor_page --check    fail if they are not those of the files
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evidence.figures import ROOT, load
+from evidence.refactor_bytes import BATCHES, SELECTIONS
+
+PAGE = ROOT / "docs" / "evaluation.md"
+FIGURES = Path(__file__).with_name("refactor.json")
+ABLATION = Path(__file__).with_name("refactor_ablation.json")
+BEGIN, END = "<!-- {}: written by python -m evidence.refactor_page -->", "<!-- {}: end -->"
+
+QUALITY = {
+    "kl.topk_over_prism.b750": "plain top-k's KL over ours at 75 % of the neurons",
+    "kl.topk_over_prism.b500": "the same at 50 %",
+    "kl.topk_over_prism.b250": "the same at 25 %",
+    "kl.topk_over_prism.b500.d16": "at 50 %, sub-experts of 16 neurons in place of 8",
+    "kl.paper_over_prism.b500": "the published method's KL over ours at 50 %, the better of both schedules",
+    "kl.prism.b500": "our KL at 50 %",
+    "kl.oracle.b500": "KL of a gate that knows the true norms, on our partition, at 50 %",
+    "points.prism": "distinct, stable operating points of ours below full",
+    "points.topk": "of plain top-k",
+    "points.paper": "of the published method",
+    "drift.realised_error_permille": "largest error of the realised budget on unseen text, with the drift guard",
+    "drift.unguarded_error_permille": "the same without it",
+    "layer.olmoe_minutes": "time to refactor a layer of OLMoE's shape on two cores",
+}
+INGREDIENTS = {
+    "partition": "partition",
+    "gate": "gate",
+    "metric": "metric",
+    "compensation": "compensation",
+    "allocation": "thresholds",
+    "sub_experts": "N",
+}
+
+Json = Mapping[str, Any]
+
+
+def tables() -> dict[str, list[str]]:
+    """Lines of Markdown by the name of their mark."""
+    figures = load(FIGURES)
+    rows = json.loads(ABLATION.read_text()) if ABLATION.exists() else []
+    return {"figures": figure_table(figures), "bytes": byte_table(figures), "ablation": ablation_table(rows)}
+
+
+def figure_table(figures: Mapping[str, Json]) -> list[str]:
+    """One line a figure; one that was not taken says so."""
+    lines = ["| figure | value | 95 % interval | unit |", "| --- | ---: | ---: | --- |"]
+    for name, meaning in QUALITY.items():
+        figure = figures.get(name)
+        if figure is None or figure["value"] is None:
+            lines.append(f"| {meaning} (`{name}`) | {_cell(figure)} | | |")
+            continue
+        interval = "" if figure["low"] is None else f"{figure['low']:g} to {figure['high']:g}"
+        lines.append(f"| {meaning} (`{name}`) | {figure['value']:g} | {interval} | {figure['unit']} |")
+    return lines
+
+
+def byte_table(figures: Mapping[str, Json]) -> list[str]:
+    """One line a batch: what top-K/2 reads there, and its KL over that of every selection at those bytes."""
+    lines = [
+        f"| tokens a step | bytes that half of top-k reads | {' | '.join(SELECTIONS)} |",
+        f"| ---: | ---: |{' ---: |' * len(SELECTIONS)}",
+    ]
+    for batch in BATCHES:
+        names = ["topk_share", *(f"kl_topk_over.{selection}" for selection in SELECTIONS)]
+        cells = [_cell(figures.get(f"bytes.b500.batch{batch}.{name}")) for name in names]
+        lines.append(f"| {batch} | {' | '.join(cells)} |")
+    return lines
+
+
+def ablation_table(rows: Sequence[Json]) -> list[str]:
+    """One line a row of the ablation; what differs from the recipe is bold."""
+    lines = [
+        f"| {' | '.join(INGREDIENTS.values())} | KL, millinats | top-k's KL over it | seeds |",
+        f"| {'--- | ' * len(INGREDIENTS)}---: | ---: | ---: |",
+    ]
+    recipe = next((row["ingredients"] for row in rows if row["id"] == "ablation.recipe"), {})
+    for row in rows:
+        said = [
+            f"{row['ingredients'][name]}" if row["ingredients"][name] == recipe.get(name) else _bold(row, name)
+            for name in INGREDIENTS
+        ]
+        over = row["topk_over"]
+        lines.append(f"| {' | '.join(said)} | {_cell(row)} | {_cell(over)} | {len(row['seeds'])} |")
+    return lines if rows else ["Not taken yet."]
+
+
+def filled(page: str, blocks: Mapping[str, Sequence[str]]) -> str:
+    """The page with the lines between each block's marks replaced. Raises ValueError for a mark that is not there."""
+    for name, lines in blocks.items():
+        begin, end = BEGIN.format(name), END.format(name)
+        if begin not in page or end not in page:
+            raise ValueError(f"the page has no block '{name}': it needs the lines '{begin}' and '{end}'")
+        before, rest = page.split(begin, 1)
+        page = before + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
+    return page
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evidence.refactor_page", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is not up to date")
+    arguments = parser.parse_args(argv)
+    found = PAGE.read_text()
+    wanted = filled(found, tables())
+    if arguments.check:
+        if found != wanted:
+            print(f"{PAGE.name} does not hold the figures of evidence/: run python -m evidence.refactor_page")
+        return int(found != wanted)
+    PAGE.write_text(wanted)
+    return 0
+
+
+def _bold(row: Json, name: str) -> str:
+    return f"**{row['ingredients'][name]}**"
+
+
+def _cell(figure: Json | None) -> str:
+    if figure is None or figure["value"] is None:
+        return "not taken"
+    value = f"{figure['value']:.2f}"
+    return value if figure["low"] is None else f"{value} ({figure['low']:.2f} to {figure['high']:.2f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
