@@ -101,7 +101,7 @@ evidence-slice: install ## Re-take every figure of evidence/slice.json (ARGS=--c
 	$(BIN)/python -m evidence.slice $(ARGS)
 
 .PHONY: evidence-refactor
-evidence-refactor: install ## Re-take every figure of evidence/refactor.json (ARGS=--smollm2: SmolLM2's too)
+evidence-refactor: install ## Re-take every figure of evidence/refactor.json (ARGS=--smollm2: SmolLM2's too; ARGS=--ablation: what each ingredient is worth)
 	$(BIN)/python -m evidence.refactor $(ARGS)
 
 .PHONY: evidence-planner
