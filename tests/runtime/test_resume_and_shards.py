@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from prism_runtime.refactor.request import REQUEST_NAME, RefactorRequest
 from prism_runtime.refactor.stages import Shard, WorkFolderRefused
 from tests.runtime.letters import write_source
 
-PASSES = {"random": 1, "prism": 2}
-"""Partition passes of the policies tested: the one where every expert draws random numbers, and the whole recipe."""
+PASSES = {"random": 1, "prism": 4}
+"""Of the policies tested: the one where every expert draws random numbers, and the whole recipe."""
 OUTPUTS = {"random": 1 + 16 + 2, "prism": 2 + 2 + 1 + 16 + 1 + 16 + 2 + 1 + 2 + 1 + 1}
 """Saliency, partition, quality of two points; for the recipe also rows, metric, limits, centre, gates, a point and its
 weight bytes."""
@@ -113,9 +114,12 @@ def test_two_shards_in_one_folder_merge_to_the_bytes_of_one_process(
     asked: RefactorRequest, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     work, passes = tmp_path / "work", PASSES[asked.policy]
+    alone = passes == 1
     first = [run_shard(asked, work, Shard(index, 2)) for index in (1, 0)]
-    assert first == [ShardProgress(8, 1, passes), ShardProgress(8, passes, passes)]
-    run_shard(asked, work, Shard(1, 2))
+    second = ShardProgress(8, min(2, passes), passes, "partition", mergeable=True)
+    assert first == [ShardProgress(8, 1, passes, "partition", mergeable=alone), second]
+    gates = run_shard(asked, work, Shard(1, 2))
+    assert gates == (second if alone else ShardProgress(1, 3, 4, "gates", mergeable=True))
     merge_shards([work], tmp_path / "out")
     assert content(tmp_path / "out") == expected
 
@@ -156,10 +160,14 @@ def test_gate_and_allocation_are_in_the_manifest_and_in_what_resumes(tmp_path: P
 
 
 def test_three_shards_in_a_folder_each_merge_to_the_bytes_of_one_process(
-    asked: RefactorRequest, expected: dict[str, bytes], tmp_path: Path
+    asked: RefactorRequest, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     works = [tmp_path / f"work-{index}" for index in range(3)]
     run_shards(asked, works)
+    for name in ("partition_layer", "fit_gate", "fit_budget", "evaluate_methods"):
+        where = "partitioners" if name == "partition_layer" else "gated"
+        refuse = f"{name}: the shards have done it"
+        monkeypatch.setattr(f"prism_runtime.refactor.{where}.{name}", partial(pytest.fail, refuse))
     merge_shards(works, tmp_path / "out")
     assert content(tmp_path / "out") == expected
 
@@ -224,7 +232,7 @@ def test_command_line_shards_and_merges(
     assert main(["merge", work, "--out", out]) == 0
     printed = capsys.readouterr()
     passes = PASSES[asked.policy]
-    assert f"shard 1 of 2: 8 tasks of pass {passes} of {passes} are in '{work}'" in printed.out
+    assert f"shard 1 of 2: 8 tasks of pass {min(2, passes)} of {passes} (partition) are in '{work}'" in printed.out
     assert ("start this command again when they have finished" in printed.out) == (passes > 1)
     assert "MiB of memory: " in printed.err
     assert ("text of the compensation" in printed.err) == (asked.policy == "prism")

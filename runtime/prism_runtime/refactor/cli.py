@@ -153,7 +153,9 @@ def _add_refactor(commands: CommandParsers) -> None:
         "--shard",
         type=_shard,
         metavar="I/N",
-        help="do the I-th of N shares (counted from 0) of the partition tasks into --work, and no artifact",
+        help="do the I-th of N shares (counted from 0) of the next pass into --work, and no artifact. Passes, each of "
+        "which reads all of the one before: the partition by expert, twice; gates by layer; points by budget, as all "
+        "layers of a point are fitted one after the other. 'merge' does what is left after the partition",
     )
     refactor.set_defaults(run=run_refactor)
 
@@ -207,10 +209,14 @@ def run_refactor(arguments: argparse.Namespace) -> int:
         return _refuse(error)
     index, count = arguments.shard
     print(
-        f"shard {index} of {count}: {done.tasks} tasks of pass {done.pass_} of {done.passes} are in '{arguments.work}'"
+        f"shard {index} of {count}: {done.tasks} tasks of pass {done.pass_} of {done.passes} ({done.what}) are in "
+        f"'{arguments.work}'"
     )
     if done.pass_ < done.passes:
-        print("The next pass reads the work of all shards: start this command again when they have finished.")
+        print(
+            "The next pass reads the work of all shards: start this command again when they have finished"
+            + (", or let 'prism-runtime merge' do the rest in one process." if done.mergeable else ".")
+        )
     return 0
 
 

@@ -1,6 +1,6 @@
 """Points that a gate selects for: gates, thresholds, compensation and quality, each a stage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -20,14 +20,14 @@ from prism_runtime.refactor.calibration import Calibration
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.evaluate import Subject, clustered_mean, evaluate_methods, relative_quality
 from prism_runtime.refactor.fit import FittedPoint, fit_budget
-from prism_runtime.refactor.gates import fit_gate
+from prism_runtime.refactor.gates import fit_gate, kappa_of
 from prism_runtime.refactor.method import Method
 from prism_runtime.refactor.partition import Partition
-from prism_runtime.refactor.pipeline import Finished, Run, Texts
+from prism_runtime.refactor.pipeline import Finished, Pass, Run, Texts
 from prism_runtime.refactor.points import Candidates, distinct, hull
 from prism_runtime.refactor.progress import Advance
 from prism_runtime.refactor.sidecar import GatedPoint, GatedRecipe
-from prism_runtime.refactor.stages import Output, Stage
+from prism_runtime.refactor.stages import Output, Shard, Stage
 
 DEFAULT_POINTS_PERMILLE = tuple(range(250, 1000, 50))
 """Candidates; those that the hull and the bootstrap leave become points."""
@@ -63,12 +63,44 @@ class GatedPoints:
         self._point_stages = {
             permille: Stage.of(f"point-{permille}", fitted, *fitted_from) for permille in self._budgets
         }
+        self._quality_stages = {
+            permille: Stage.of(f"quality-{permille}", {}, run.root, stage)
+            for permille, stage in self._point_stages.items()
+        }
+        self._quality_stages[1000] = Stage.of("quality-1000", {}, run.root, *self._gate_stages)
+
+    def passes(self, perms: Callable[[], Sequence[Tensor]]) -> list[Pass]:
+        """What shards may do after the partition, whose result `perms` reads: gates by layer, points by budget.
+
+        Layers of one point are not divided: its threshold is one for all, and compensation is fitted from the first
+        layer to the last, each on what the ones before it have left.
+        """
+        points = [*self._point_stages.values(), *self._quality_stages.values()]
+        return [
+            Pass("gates", self._gate_stages, partial(self._run_gates, perms)),
+            Pass("points", points, partial(self._run_points, perms)),
+        ]
+
+    def _run_gates(self, perms: Callable[[], Sequence[Tensor]], shard: Shard) -> int:
+        share = shard.share(len(self._layers))
+        self._calibration.masked.permute(perms())
+        with self._run.reporter.bar("gates", len(share), "layers") as advance:
+            for layer in share:
+                self._gate(layer, advance)
+        return len(share)
+
+    def _run_points(self, perms: Callable[[], Sequence[Tensor]], shard: Shard) -> int:
+        budgets = sorted(self._quality_stages)
+        share = [budgets[index] for index in shard.share(len(budgets))]
+        self._calibration.masked.permute(perms())
+        self._quality({permille: self._point(permille) if permille != 1000 else None for permille in share})
+        return len(share)
 
     def finish(self, perms: Sequence[Tensor], checkpoint: Path) -> Finished:
         """Fit, measure, and write the sidecar beside the permuted `checkpoint`; points in manifest order."""
         self._calibration.masked.permute(perms)
         fitted = {permille: self._point(permille) for permille in self._budgets}
-        measured = self._quality(fitted)
+        measured = self._quality(fitted | {1000: None})
         kept = self._kept(measured)
         touched = self._touched({permille: fitted[permille] for permille in kept if permille != 1000})
         shape = self._run.shape
@@ -125,7 +157,7 @@ class GatedPoints:
             mean=tensors["mean"],
             deviation=tensors["deviation"],
             token=tensors.get("token"),
-            kappa=self._calibration.settings.kappa,
+            kappa=kappa_of(self._calibration.settings.gate, self._calibration.settings.kappa),
         )
 
     def _fit_gate(self, layer: int) -> Output:
@@ -184,19 +216,16 @@ class GatedPoints:
             found = measure_losses(self._calibration.masked, held, self._gates, advance)
         return Output({"budget": torch.from_numpy(found.budget), "loss": torch.from_numpy(found.loss)})
 
-    def _quality(self, fitted: Mapping[int, FittedPoint]) -> dict[int, Output]:
-        texts, work = self._run.texts.evaluation, self._run.work
-        methods: dict[int, Method] = {
-            permille: ElasticMethod(self._gates, point.log_tau, point.compensation)
-            for permille, point in fitted.items()
-        }
-        methods[1000] = TopK(self._run.shape.top_k)
+    def _quality(self, fitted: Mapping[int, FittedPoint | None]) -> dict[int, Output]:
+        """Of points by their budget; None runs everything."""
         measured = {}
-        with self._run.reporter.bar("evaluate", len(methods) * len(texts), "sequences") as advance:
-            for permille, method in methods.items():
-                inputs = [self._point_stages[permille]] if permille != 1000 else self._gate_stages
-                stage = Stage.of(f"quality-{permille}", {}, self._run.root, *inputs)
-                measured[permille] = work.run(stage, partial(self._evaluate, permille, method, advance))
+        with self._run.reporter.bar("evaluate", len(fitted) * len(self._run.texts.evaluation), "sequences") as advance:
+            for permille, point in fitted.items():
+                method: Method = TopK(self._run.shape.top_k)
+                if point is not None:
+                    method = ElasticMethod(self._gates, point.log_tau, point.compensation)
+                evaluate = partial(self._evaluate, permille, method, advance)
+                measured[permille] = self._run.work.run(self._quality_stages[permille], evaluate)
         return measured
 
     def _touched(self, points: Mapping[int, FittedPoint]) -> dict[int, dict[str, float]]:

@@ -90,7 +90,12 @@ def fit_gate(
         prediction += correction
         mean[expert] = prediction.mean(0)
         deviation[expert] = prediction.std(0, correction=0)
-    return GateWeights(weight, bias, mean, deviation, token, CERTAIN if kappa is None and kind == "prior" else kappa)
+    return GateWeights(weight, bias, mean, deviation, token, kappa_of(kind, kappa))
+
+
+def kappa_of(kind: GateKind, kappa: float | None) -> float | None:
+    """The kappa of a gate for which `kappa` was asked."""
+    return CERTAIN if kappa is None and kind == "prior" else kappa
 
 
 def _leading(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What all policies share: the run that stages belong to, the tasks that shards divide, and the partition they give."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -93,6 +93,20 @@ class Finished:
     gate: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Tasks that shards divide, none of which reads another; the next pass reads all of them.
+
+    what    the tasks make, in a word
+    stages  of all tasks
+    run     runs the share of a shard that is not done; returns how many tasks are in the share
+    """
+
+    what: str
+    stages: Sequence[Stage]
+    run: Callable[[Shard], int]
+
+
 class Partitioner(Protocol):
     """How neurons become sub-experts."""
 
@@ -123,6 +137,11 @@ def run_partition(run: Run, partitioner: Partitioner, shard: Shard) -> int:
         finally:
             pool.shutdown(cancel_futures=True)
     return len(share)
+
+
+def partition_pass(run: Run, partitioner: Partitioner) -> Pass:
+    """One task is what the partitioner says: an expert, or a layer."""
+    return Pass("partition", partition_stages(partitioner), partial(run_partition, run, partitioner))
 
 
 def perms_of(run: Run, partitioner: Partitioner) -> list[Tensor]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from prism_api.manifest import Calibration as Calibrated
 from prism_api.manifest import Manifest, SourceModel
 from prism_runtime.refactor.artifact import (
@@ -22,9 +24,9 @@ from prism_runtime.refactor.pipeline import (
     SEQUENCE_LENGTH,
     SEQUENCES_PER_DOMAIN,
     Run,
+    partition_pass,
     partition_stages,
     perms_of,
-    run_partition,
 )
 from prism_runtime.refactor.prefixes import PrefixPoints
 from prism_runtime.refactor.progress import Reporter
@@ -66,7 +68,7 @@ def refactor_model(
 
 
 def run_shard(request: RefactorRequest, work: Path, shard: Shard, reporter: Reporter | None = None) -> "ShardProgress":
-    """Run one process's share of the partition tasks into the folder `work`."""
+    """Run one process's share of the next pass into the folder `work`."""
     return _Recipe(request, work, reporter or Reporter()).run_shard(shard)
 
 
@@ -85,11 +87,14 @@ def merge_shards(works: Sequence[Path], out: Path, reporter: Reporter | None = N
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """Done: `tasks`, the share of pass `pass_` of `passes`. Passes that follow wait for the other shards."""
+    """Done: `tasks`, the share of pass `pass_` of `passes`, which makes `what`. Passes that follow wait for the other
+    shards; once none of them is of the partition, `merge` could do them too."""
 
     tasks: int
     pass_: int
     passes: int
+    what: str
+    mergeable: bool
 
 
 class _Recipe:
@@ -106,32 +111,42 @@ class _Recipe:
         self._run = Run(request, WorkFolder(folder, others), reporter)
         request.write(folder)
         self._calibration = Calibration(self._run)
-        self._passes = partitioners_of(self._run, self._calibration)
+        self._partitioners = partitioners_of(self._run, self._calibration)
+        stages = partition_stages(self._partitioners[-1])
+        self._passes = [partition_pass(self._run, each) for each in self._partitioners]
+        self._points: GatedPoints | PrefixPoints
+        if request.policy == "prism":
+            self._points = GatedPoints(self._run, self._calibration, stages)
+            self._passes += self._points.passes(self._perms)
+        else:
+            self._points = PrefixPoints(self._run, self._calibration, stages)
 
     def run_shard(self, shard: Shard) -> ShardProgress:
         """Run the share of every pass whose predecessor is whole; returns what is done."""
-        for number, partitioner in enumerate(self._passes):
-            done = run_partition(self._run, partitioner, shard)
+        for number, each in enumerate(self._passes):
+            done = each.run(shard)
             last = number + 1 == len(self._passes)
-            if last or not self._run.work.has(partition_stages(partitioner)):
+            if last or not self._run.work.has(each.stages):
                 break
-        return ShardProgress(done, number + 1, len(self._passes))
+        mergeable = number + 1 >= len(self._partitioners)
+        return ShardProgress(done, number + 1, len(self._passes), each.what, mergeable)
+
+    def _perms(self) -> list[Tensor]:
+        return perms_of(self._run, self._partitioners[-1])
 
     def require_partition(self) -> None:
-        for partitioner in self._passes:
+        for partitioner in self._partitioners:
             self._run.work.require(partition_stages(partitioner))
 
     def finish(self, out: Path) -> Manifest:
         request, run = self._run.request, self._run
-        stages = partition_stages(self._passes[-1])
-        points = (GatedPoints if request.policy == "prism" else PrefixPoints)(run, self._calibration, stages)
-        perms = perms_of(run, self._passes[-1])
+        perms = self._perms()
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
             target = Path(scratch) / "artifact"
             target.mkdir()
             write_checkpoint(request.model, target, dict(zip(run.shape.moe_layers, perms, strict=True)))
-            finished = points.finish(perms, target)
+            finished = self._points.finish(perms, target)
             manifest = Manifest(
                 tools=tools(),
                 source=SourceModel(
@@ -145,7 +160,7 @@ class _Recipe:
                 calibration=Calibrated(
                     texts=run.texts.provenance, sequence_length=run.texts.length, seeds=[request.seed]
                 ),
-                partition={"policy": request.policy, "metric": request.metric, "passes": len(self._passes)},
+                partition={"policy": request.policy, "metric": request.metric, "passes": len(self._partitioners)},
                 gate=finished.gate,
                 operating_points=finished.points,
             )
