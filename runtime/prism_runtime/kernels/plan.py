@@ -2,7 +2,8 @@
 
 Constant tables hold one row per operating point, in ladder order. The live plan is `class_point`, one ladder index per
 service class: a swap writes a few integers and never recompiles anything. Rows are attached once per forward; every
-layer of that forward reads the same ones, so a row has exactly one operating point.
+layer of that forward reads the same ones, so a row has exactly one operating point. What kernels read lies where it lay
+in the last forward, and writing it waits for nothing: a captured CUDA graph of a step stays valid.
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ PADDING = -1
 """Class of a row that belongs to no request; no sub-expert runs for it and its output is zero."""
 
 UNCAPPED = 0
+
+ROWS_RESERVED = 512
+"""Rows of the buffers at first: a decode step has fewer, and a step's prompt tokens are so many at most by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +122,14 @@ class PlanTensor:
     shift        [P]        float32  added to the threshold of a point in every layer; the drift guard's
     spent        [P, 2]     float64  (ran + extra, routed) of the threshold and batch points alone, since the start
 
+    `row_class` and `row_counts` lie in buffers of `rows` rows: they keep their place until a forward has more.
+
     One thread steps the engine and writes here between forwards; nothing here is locked.
     """
 
-    def __init__(self, tables: PlanTables, classes: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, tables: PlanTables, classes: int, device: torch.device | str = "cpu", rows: int = ROWS_RESERVED
+    ) -> None:
         self.sub_experts = tables.sub_experts
         self.mode = tables.mode.to(device)
         # Rows of gated points run no prefix: the prefix path then passes over them as it does over padding.
@@ -131,7 +139,6 @@ class PlanTensor:
         self.shift = torch.zeros(points, device=device)
         self.spent = torch.zeros(points, 2, dtype=torch.float64, device=device)
         self.class_point = torch.full((classes,), points - 1, dtype=torch.int32, device=device)
-        self.row_class = torch.zeros(0, dtype=torch.int32, device=device)
         self.ran = torch.zeros((), dtype=torch.int64, device=device)
         self.routed = torch.zeros((), dtype=torch.int64, device=device)
         self.extra = torch.zeros((), dtype=torch.float64, device=device)
@@ -140,7 +147,11 @@ class PlanTensor:
         self._host_share: list[list[float]] = tables.share.tolist()
         self._host_cap: list[int] = tables.cap.tolist()
         self._host_point = [points - 1] * classes
-        self._row_count = torch.zeros(self.count.shape[1], 0, self.count.shape[2], dtype=torch.int32, device=device)
+        layers, ranks = self.count.shape[1:]
+        # By class, and last the zeros that PADDING, which is -1, takes.
+        self._class_count = torch.zeros(layers, classes + 1, ranks, dtype=torch.int32, device=device)
+        self._reserve(rows)
+        self.write(self._host_point)
         self._row_points: set[int] = set()
         self._gated: dict[int, Tensor] = {}
         self._gated_tokens = [0] * points
@@ -162,27 +173,38 @@ class PlanTensor:
         """Make a plan live. Raises ValueError as `check` does."""
         self.check(class_point)
         self._host_point = list(class_point)
-        self.class_point.copy_(torch.tensor(self._host_point, dtype=torch.int32))
+        self.class_point.copy_(torch.tensor(self._host_point, dtype=torch.int32), non_blocking=True)
+        self._class_count[:, :-1] = self.count[self.class_point].transpose(0, 1)
 
     def attach_rows(self, row_class: Sequence[int]) -> None:
         """Say which class each row of the next forward belongs to; must precede every forward."""
-        device = self.count.device
-        self.row_class = torch.tensor(row_class, dtype=torch.int32, device=device)
-        point = self.class_point[self.row_class.clamp(min=0)]
-        count = torch.where(self.row_class[:, None, None] == PADDING, 0, self.count[point])
-        self._row_count = count.transpose(0, 1).contiguous()
+        rows = len(row_class)
+        if rows > len(self._row_class):
+            self._reserve(max(rows, 2 * len(self._row_class)))
+        self.row_class = self._row_class[:rows]
+        # From ordinary memory such a copy is read before the call returns; unlike a blocking one it does not wait for
+        # what the device does.
+        self.row_class.copy_(torch.tensor(row_class, dtype=torch.int32), non_blocking=True)
+        self._row_count[:, :rows] = self._class_count[:, self.row_class]
         self._row_points = {self._host_point[c] for c in set(row_class) if c != PADDING}
         self._gated = {}
         for gated in sorted(point for point in self._row_points if self._host_mode[point] != PREFIX):
-            rows = [row for row, c in enumerate(row_class) if c != PADDING and self._host_point[c] == gated]
-            self._gated[gated] = torch.tensor(rows, device=device)
-            self._gated_tokens[gated] += len(rows)
+            at = [row for row, c in enumerate(row_class) if c != PADDING and self._host_point[c] == gated]
+            self._gated[gated] = torch.tensor(at).to(self.count.device, non_blocking=True)
+            self._gated_tokens[gated] += len(at)
+
+    def _reserve(self, rows: int) -> None:
+        """New buffers; no row is attached."""
+        layers, _, ranks = self._class_count.shape
+        self._row_class = torch.zeros(rows, dtype=torch.int32, device=self.count.device)
+        self._row_count = torch.zeros(layers, rows, ranks, dtype=torch.int32, device=self.count.device)
+        self.row_class = self._row_class[:0]
 
     # -- what kernels read --------------------------------------------------------------------------------------
 
     def row_counts(self, layer: int) -> Tensor:
         """[T, R] int32: prefix length of a row, by the router's rank of the expert; 0 for padding and gated rows."""
-        return self._row_count[layer]
+        return self._row_count[layer, : len(self.row_class)]
 
     def levels(self, layer: int) -> list[int]:
         """Distinct counts above 0 among the attached rows, ascending; known to the host without a sync."""

@@ -79,3 +79,23 @@ def test_rows_of_gated_points_run_no_prefix_and_are_listed_by_point() -> None:
     assert [plan.gated_tokens(point) for point in (0, 1)] == [0, 3]
     plan.attach_rows([0, 0])
     assert not plan.gated_rows
+
+
+def test_what_kernels_read_keeps_its_place_from_forward_to_forward_and_over_a_swap() -> None:
+    plan = PlanTensor(tables(), classes=2, rows=4)
+    plan.attach_rows([1, 0, -1])
+    places = [plan.row_class.data_ptr(), *(plan.row_counts(layer).data_ptr() for layer in (0, 1))]
+    plan.write([1, 0])
+    plan.attach_rows([0, 1, -1, 1])
+    assert [plan.row_class.data_ptr(), *(plan.row_counts(layer).data_ptr() for layer in (0, 1))] == places
+    assert plan.row_class.tolist() == [0, 1, -1, 1]
+    assert [plan.row_counts(layer).tolist() for layer in (0, 1)] == [[[4], [1], [0], [1]], [[4], [2], [0], [2]]]
+
+
+def test_a_forward_of_more_rows_than_reserved_gets_larger_buffers_that_stay() -> None:
+    plan = PlanTensor(tables(), classes=1, rows=2)
+    plan.attach_rows([0] * 3)
+    place = plan.row_counts(1).data_ptr()
+    plan.attach_rows([0] * 4)
+    assert plan.row_counts(1).data_ptr() == place
+    assert plan.row_counts(1).tolist() == [[4]] * 4
