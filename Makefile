@@ -88,6 +88,10 @@ cluster-down: install ## Stop it; nothing is left behind
 bench-engine: install ## Step time of the engine at every operating point on this CPU
 	$(BIN)/prism-runtime profile examples/model/artifact $(ARGS)
 
+.PHONY: bench-runtime
+bench-runtime: install ## CPU times of a layer and of the engine beside transformers' own (ARGS=--layer: the layer alone)
+	$(BIN)/python -m evidence.runtime_bench $(ARGS)
+
 .PHONY: bench-refactor
 bench-refactor: install ## Time to partition a layer of OLMoE's shape on this CPU, and what it grows with
 	$(BIN)/python -m prism_runtime.refactor.bench $(ARGS)
@@ -103,6 +107,10 @@ evidence-slice: install ## Re-take every figure of evidence/slice.json (ARGS=--c
 .PHONY: evidence-refactor
 evidence-refactor: install ## Re-take every figure of evidence/refactor.json (ARGS=--smollm2: SmolLM2's too; ARGS=--ablation: what each ingredient is worth)
 	$(BIN)/python -m evidence.refactor $(ARGS)
+
+.PHONY: evidence-runtime
+evidence-runtime: install ## Re-take every figure of evidence/runtime.json: CPU times, a quarter of an hour of one core
+	$(BIN)/python -m evidence.runtime $(ARGS)
 
 .PHONY: evidence-planner
 evidence-planner: install ## Re-take every figure of evidence/planner.json: simulations, half an hour of one core

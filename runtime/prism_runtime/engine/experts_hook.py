@@ -147,7 +147,7 @@ def pack(model: PreTrainedModel, sub_experts: int, kernel: str = REFERENCE) -> N
         _require_packable(module, sub_experts)
     run = load_kernel(kernel)
     for layer, (_, module) in enumerate(modules):
-        module.add_module("prism", PackedLayer(_pack_weights(module, sub_experts), layer, run))
+        module.add_module("prism", PackedLayer(pack_weights(module, sub_experts), layer, run))
         for name in ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"):
             if hasattr(module, name):
                 setattr(module, name, nn.Parameter(torch.empty(0), requires_grad=False))
@@ -232,7 +232,7 @@ def _require_packable(module: nn.Module, sub_experts: int) -> None:
         )
 
 
-def _pack_weights(module: nn.Module, sub_experts: int) -> ExpertWeights:
+def pack_weights(module: nn.Module, sub_experts: int) -> ExpertWeights:
     gate, up, down = fused_projections(module)
     experts, neurons, hidden = gate.shape
     cut = (experts, sub_experts, neurons // sub_experts)

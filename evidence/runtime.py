@@ -1,0 +1,187 @@
+"""Figures of the runtime: times the kernels and the engine on this machine's CPU, and writes evidence/runtime.json.
+
+    python -m evidence.runtime                  all of them, a quarter of an hour of one core
+    python -m evidence.runtime --only ID...     these, keeping the others
+
+Nothing here is typed by hand: a figure that cannot be taken is null and says why. Speeds are ratios of CPU times of one
+process, never times: how they are taken is told in `evidence.runtime_bench`.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from evidence import runtime_bench as bench
+from evidence.figures import ROOT, Figure, NotTaken, absent, load, measured, merge
+from evidence.slice import SAME_LOGITS, SAME_TOKENS, outcomes, passed_parameters
+
+OUT = Path(__file__).with_name("runtime.json")
+COMMAND = "python -m evidence.runtime"
+LAYER_ROUNDS = 5
+SEEDS = (0, 1, 2)
+"""Of the prompts, one round of the engine each."""
+ARCHITECTURES = "tests/runtime/test_architectures.py"
+
+
+class Runs:
+    """The measurements, each made once however many figures it gives."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @cached_property
+    def layer(self) -> list[dict[int, bench.Times]]:
+        """Rounds of times by number of tokens."""
+        self._console.print("Timing a layer of OLMoE's shape")
+        layer = bench.Layer()
+        return [bench.layer_round(layer) for _ in range(LAYER_ROUNDS)]
+
+    @cached_property
+    def embedded(self) -> list[dict[int, bench.Times]]:
+        """Rounds of times by batch."""
+        return self._engine(bench.embedded)
+
+    @cached_property
+    def larger(self) -> list[dict[int, bench.Times]]:
+        """Rounds of times by batch, at half the budget too."""
+        return self._engine(bench.larger)
+
+    def _engine(self, make: Callable[[], bench.Subject]) -> list[dict[int, bench.Times]]:
+        self._console.print(f"Timing the engine with the {make.__name__} model")
+        subject = make()
+        return [bench.engine_round(subject, seed) for seed in SEEDS]
+
+    @cached_property
+    def architectures(self) -> dict[str, str]:
+        """Outcomes of the tests of the architectures, by name."""
+        with tempfile.TemporaryDirectory() as scratch:
+            junit = Path(scratch) / "junit.xml"
+            argv = [sys.executable, "-m", "pytest", "-q", f"--junit-xml={junit}", ARCHITECTURES]
+            subprocess.run(argv, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+            if not junit.exists():
+                raise NotTaken(f"'pytest {ARCHITECTURES}' ended without a report")
+            return outcomes(junit)
+
+    @cached_property
+    def spilled(self) -> list[int]:
+        """Bytes that each compiled Triton program spills, over the gated targets."""
+        try:
+            from prism_runtime.kernels import aot
+        except ImportError as error:
+            raise NotTaken(f"Triton cannot be imported: {error}") from error
+        return [usage.spilled for variants in aot.table().values() for usage in variants.values()]
+
+
+Values = Sequence[float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Collector:
+    """How a figure is taken: one value a round, or NotTaken."""
+
+    unit: str
+    take: Callable[[Runs], Values]
+    seeds: Sequence[int] = ()
+    how: str = COMMAND
+
+
+def _half_over_full(kernel: str, runs: Runs) -> Values:
+    _needs_compiler(kernel)
+    return [max(times[f"{kernel}.half"] / times[f"{kernel}.full"] for times in each.values()) for each in runs.layer]
+
+
+def _over_transformers(runs: Runs) -> Values:
+    _needs_compiler("cpp")
+    return [min(times["transformers"] / times["cpp.full"] for times in each.values()) for each in runs.layer]
+
+
+def _needs_compiler(kernel: str) -> None:
+    if kernel == "cpp" and not bench.cpu_moe.available():
+        raise NotTaken("there is no C compiler here, and no compiled kernel")
+
+
+def _engine_over(other: str, batch: int, runs: Runs) -> Values:
+    """Of both models the one where the engine gains less."""
+    rounds = zip(runs.embedded, runs.larger, strict=True)
+    return [min(each[batch][other] / each[batch]["full"] for each in both) for both in rounds]
+
+
+def _half_over_full_engine(runs: Runs) -> Values:
+    return [min(times["full"] / times["half"] for times in each.values()) for each in runs.larger]
+
+
+def _equal_architectures(runs: Runs) -> Values:
+    by_name = runs.architectures
+    both = passed_parameters(by_name, SAME_LOGITS) & passed_parameters(by_name, SAME_TOKENS)
+    if not both:
+        raise NotTaken(f"no architecture passed both tests of {ARCHITECTURES}")
+    return [len(both)]
+
+
+def _unmeasured(why: str, _: Runs) -> Values:
+    raise NotTaken(why)
+
+
+NO_REPLAY = "no program here replays traces against the engine's policies yet"
+NO_SOAK = "no program here soaks the engine yet"
+
+COLLECTORS = {
+    "layer.half_over_full.cpp": Collector("ratio", partial(_half_over_full, "cpp")),
+    "layer.half_over_full.torch": Collector("ratio", partial(_half_over_full, "torch")),
+    "layer.speedup_over_transformers.cpp": Collector("ratio", _over_transformers),
+    **{
+        f"engine.over_{name}.b{batch}": Collector("ratio", partial(_engine_over, variant, batch), SEEDS)
+        for name, variant in (("generate", "generate"), ("continuous_batching", "batching"))
+        for batch in bench.BATCHES
+    },
+    "engine.half_over_full": Collector("ratio", _half_over_full_engine, SEEDS),
+    "goodput.over_fifo": Collector("ratio", partial(_unmeasured, NO_REPLAY)),
+    "goodput.over_paper_policy": Collector("ratio", partial(_unmeasured, NO_REPLAY)),
+    "soak.requests": Collector("requests", partial(_unmeasured, NO_SOAK)),
+    "soak.failed_requests": Collector("requests", partial(_unmeasured, NO_SOAK)),
+    "soak.leaked_blocks": Collector("blocks", partial(_unmeasured, NO_SOAK)),
+    "soak.rss_growth_megabytes": Collector("MB", partial(_unmeasured, NO_SOAK)),
+    "aot.kernels": Collector("programs", lambda runs: [len(runs.spilled)]),
+    "aot.spills": Collector("programs", lambda runs: [sum(spilled > 0 for spilled in runs.spilled)]),
+    "equal.architectures": Collector("architectures", _equal_architectures, how=f"python -m pytest {ARCHITECTURES}"),
+}
+NEVER_TAKEN = "not taken yet; run: make evidence-runtime"
+
+
+def collect(name: str, runs: Runs) -> Figure:
+    """One figure; what could not be taken says why."""
+    collector = COLLECTORS[name]
+    try:
+        return measured(name, collector.take(runs), collector.unit, collector.how, collector.seeds)
+    except NotTaken as error:
+        return absent(name, collector.unit, collector.how, str(error))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m evidence.runtime", description="Re-take the published figures.")
+    ids = ", ".join(COLLECTORS)
+    parser.add_argument("--only", nargs="+", choices=COLLECTORS, metavar="ID", help=f"re-take these alone: {ids}")
+    arguments = parser.parse_args()
+    console = Console(stderr=True)
+    torch.set_num_threads(1)
+    runs = Runs(console)
+    for name in (name for name in COLLECTORS if name in (arguments.only or COLLECTORS)):
+        figure = collect(name, runs)
+        merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
+        taken = figure.value if figure.why is None else f"not taken: {figure.why}"
+        console.print(f"{name}: {taken}", highlight=False)
+    for name in COLLECTORS.keys() - load(OUT).keys():
+        merge(OUT, absent(name, COLLECTORS[name].unit, COLLECTORS[name].how, NEVER_TAKEN), tuple(COLLECTORS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

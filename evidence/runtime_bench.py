@@ -1,0 +1,252 @@
+"""Measures the kernel and the engine on this machine's CPU against the same model as transformers runs it.
+
+    python -m evidence.runtime_bench             both, one round
+    python -m evidence.runtime_bench --layer     the layer alone
+
+Figures are ratios of CPU times of one process on one thread: variants take turns, so that a busy moment of the machine
+falls on all of them, and each keeps its 10th percentile.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.utils import logging
+
+from evidence.figures import ROOT
+from prism_runtime.engine.engine import Engine
+from prism_runtime.engine.experts_hook import experts_modules, pack_weights
+from prism_runtime.engine.model import load_pretrained
+from prism_runtime.engine.types import Plan, Request, Sampling
+from prism_runtime.kernels import cpu_moe, reference
+from prism_runtime.kernels.contract import SubExpertKernel
+from prism_runtime.kernels.plan import PlanTables, PlanTensor
+from tests.runtime.models import COUNTS, SUB_EXPERTS, tiny_manifest
+
+Times = dict[str, float]
+"""CPU seconds by variant."""
+
+TOKENS = (1, 8, 32)
+BATCHES = (8, 32)
+PROMPT_TOKENS, NEW_TOKENS = 64, 64
+HALF, FULL = COUNTS.index(SUB_EXPERTS // 2), len(COUNTS) - 1
+ARTIFACT = ROOT / "examples" / "model" / "artifact"
+
+
+def _config(architecture: str, **values: Any) -> Any:
+    return AutoConfig.for_model(architecture, **values)
+
+
+def olmoe_layer() -> Any:
+    """OLMoE's sizes in one layer; nothing else of the model matters to a layer's time."""
+    return _config(
+        "olmoe", hidden_size=2048, intermediate_size=1024, num_experts=64, num_experts_per_tok=8, num_hidden_layers=1,
+        num_attention_heads=16, vocab_size=64,
+    )  # fmt: skip
+
+
+def larger_model() -> PreTrainedModel:
+    """Random weights in six layers of H 512, I 768, E 32, K 4."""
+    torch.manual_seed(0)
+    config = _config(
+        "qwen3_moe", hidden_size=512, moe_intermediate_size=768, num_experts=32, num_experts_per_tok=4,
+        num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=64, vocab_size=4096,
+        max_position_embeddings=1024,
+    )  # fmt: skip
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.eval()
+
+
+def interleaved(variants: dict[str, Callable[[], object]], repetitions: int) -> Times:
+    """10th percentile of the CPU seconds of each, taken in turns after one warm-up."""
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for run in variants.values():
+        run()
+    for _ in range(repetitions):
+        for name, run in variants.items():
+            begun_s = time.process_time()
+            run()
+            taken[name].append(time.process_time() - begun_s)
+    return {name: sorted(values)[len(values) // 10] for name, values in taken.items()}
+
+
+# -- one layer -----------------------------------------------------------------------------------------------------
+
+
+class Layer:
+    """A bfloat16 layer of OLMoE's shape: transformers' own, and packed."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(olmoe_layer(), dtype=torch.bfloat16).eval()
+        self.stock: nn.Module = experts_modules(model)[0][1]
+        self.weights = pack_weights(self.stock, SUB_EXPERTS)
+        self.config = model.config
+
+    @torch.inference_mode()
+    def times(self, tokens: int, repetitions: int) -> Times:
+        """CPU seconds for so many tokens: `transformers`, and `cpp` and `torch` at `half` and `full`."""
+        hidden = torch.randn(tokens, self.config.hidden_size).bfloat16()
+        router = torch.rand(tokens, self.config.num_experts).softmax(-1)
+        weights, ids = router.topk(self.config.num_experts_per_tok)
+        weights = weights.bfloat16()
+        variants: dict[str, Callable[[], object]] = {"transformers": lambda: self.stock(hidden, ids, weights)}
+        for name, kernel in (("cpp", cpu_moe.sub_expert_moe), ("torch", reference.sub_expert_moe)):
+            for point, budget in ((HALF, "half"), (FULL, "full")):
+                variants[f"{name}.{budget}"] = self._run(kernel, point, hidden, ids, weights)
+        return interleaved(variants, repetitions)
+
+    def _run(
+        self, kernel: SubExpertKernel, point: int, hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> Callable[[], object]:
+        plan = PlanTensor(PlanTables.uniform(COUNTS, 1, SUB_EXPERTS), classes=1)
+        plan.write([point])
+        plan.attach_rows([0] * len(hidden))
+        return lambda: kernel(hidden, ids, weights, 0, plan, self.weights)
+
+
+REPETITIONS = {1: 40, 8: 15, 32: 10}
+
+
+def layer_round(layer: Layer) -> dict[int, Times]:
+    """Times of one round by number of tokens."""
+    return {tokens: layer.times(tokens, REPETITIONS[tokens]) for tokens in TOKENS}
+
+
+# -- the whole engine ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One model four times: by `generate`, by transformers' continuous batching, and by the engine."""
+
+    name: str
+    stock: PreTrainedModel
+    batching: PreTrainedModel
+    engine: Engine
+
+
+def embedded() -> Subject:
+    """The model that the project ships, as `serve` loads it."""
+    settings: dict[str, Any] = {"max_sequences": max(BATCHES), "max_context_tokens": PROMPT_TOKENS + NEW_TOKENS}
+    stock, _ = load_pretrained(ARTIFACT)
+    return Subject("embedded", stock, load_pretrained(ARTIFACT)[0], Engine.from_artifact(ARTIFACT, **settings))
+
+
+def larger() -> Subject:
+    stock, context = larger_model(), PROMPT_TOKENS + NEW_TOKENS
+    tables = PlanTables.uniform(COUNTS, stock.config.num_hidden_layers, SUB_EXPERTS)
+    engine = Engine(
+        copy.deepcopy(stock), tables, tiny_manifest(), None, max_sequences=max(BATCHES), max_context_tokens=context
+    )
+    return Subject("larger", stock, copy.deepcopy(stock), engine)
+
+
+class Prompts:
+    """New prompts each time: nobody is to find the last run's in a cache."""
+
+    def __init__(self, vocabulary: int, seed: int) -> None:
+        self._vocabulary, self._generator = vocabulary, torch.Generator().manual_seed(seed)
+
+    def __call__(self, batch: int) -> Tensor:
+        return torch.randint(3, self._vocabulary, (batch, PROMPT_TOKENS), generator=self._generator)
+
+
+def engine_times(subject: Subject, batch: int, repetitions: int, seed: int, *, half: int | None) -> Times:
+    """CPU seconds in which `batch` prompts get their tokens: `generate`, `batching`, `full`, and `half` at that point.
+
+    The continuous batching of transformers runs already when the clock starts, as a server's does.
+    """
+    prompts = Prompts(subject.stock.config.vocab_size, seed)
+    with continuous_batching(subject.batching, batch) as run_batching:
+        variants: dict[str, Callable[[], object]] = {
+            "generate": lambda: generate(subject.stock, prompts(batch)),
+            "batching": lambda: run_batching(prompts(batch)),
+            "full": lambda: run_engine(subject.engine, prompts(batch), len(subject.engine.ladder) - 1),
+        }
+        if half is not None:
+            variants["half"] = lambda: run_engine(subject.engine, prompts(batch), half)
+        return interleaved(variants, repetitions)
+
+
+def generate(model: PreTrainedModel, prompts: Tensor) -> None:
+    model.generation_config.eos_token_id = None  # all run to the same length
+    answers: Any = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW_TOKENS, do_sample=False
+    )  # type: ignore[operator]
+    assert answers.shape[1] == PROMPT_TOKENS + NEW_TOKENS
+
+
+@contextmanager
+def continuous_batching(model: PreTrainedModel, batch: int) -> Iterator[Callable[[Tensor], None]]:
+    """A running manager of transformers' continuous batching, and what puts prompts through it."""
+    logging.set_verbosity_error()
+    # One page of 256 tokens holds a sequence; unset, the cache would take most of the machine's memory.
+    settings = ContinuousBatchingConfig(num_blocks=2 * batch, max_batch_tokens=512)
+    model.generation_config.eos_token_id = -1
+    model.generation_config.max_new_tokens = NEW_TOKENS
+    model.generation_config.do_sample = False
+    session: AbstractContextManager[Any] = model.continuous_batching_context_manager(  # type: ignore[operator]
+        generation_config=model.generation_config, continuous_batching_config=settings, timeout=30
+    )
+    with session as manager:
+
+        def run(prompts: Tensor) -> None:
+            manager.add_requests(prompts.tolist(), max_new_tokens=NEW_TOKENS)
+            finished = 0
+            while finished < len(prompts):
+                result = manager.get_result(timeout=60)
+                assert result is not None, "transformers' continuous batching stopped"
+                assert len(result.generated_tokens) == NEW_TOKENS, result.error
+                finished += 1
+
+        yield run
+
+
+def run_engine(engine: Engine, prompts: Tensor, point: int) -> None:
+    engine.set_plan(Plan(engine.plan.version + 1, (point,) * len(engine.plan.class_point)))
+    for index, prompt in enumerate(prompts.tolist()):
+        engine.submit(Request(f"bench-{index}", tuple(prompt), Sampling(max_tokens=NEW_TOKENS, temperature=0.0)))
+    while engine.has_work:
+        engine.step()
+
+
+def engine_round(subject: Subject, seed: int, repetitions: int = 2) -> dict[int, Times]:
+    """Times of one round by batch; half a budget is timed where the ladder is this program's own."""
+    half = HALF if subject.name == "larger" else None
+    return {batch: engine_times(subject, batch, repetitions, seed, half=half) for batch in BATCHES}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evidence.runtime_bench", description="Times on this CPU.")
+    parser.add_argument("--layer", action="store_true", help="one layer of OLMoE's shape alone")
+    parser.add_argument("--engine", choices=("embedded", "larger"), help="the engine alone, with this model")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    console = Console()
+    if not arguments.engine:
+        for tokens, times in layer_round(Layer()).items():
+            _print(console, f"layer, {tokens} tokens", times)
+    for make in (embedded, larger):
+        if not arguments.layer and arguments.engine in (None, make.__name__):
+            for batch, times in engine_round(make(), seed=0).items():
+                _print(console, f"{make.__name__} model, batch {batch}", times)
+    return 0
+
+
+def _print(console: Console, title: str, times: Times) -> None:
+    shown = "  ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in times.items())
+    console.print(f"{title}, ms of CPU: {shown}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
