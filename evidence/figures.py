@@ -58,11 +58,16 @@ def measured(name: str, values: Sequence[float | None], unit: str, how: str, see
         return absent(name, unit, how, f"{len(values) - len(known)} of {len(values)} runs did not show it")
     mean = statistics.fmean(known)
     if len(known) == 1:
-        return Figure(name, round(mean, 4), None, None, unit, how, seeds, versions())
+        return Figure(name, _rounded(mean), None, None, unit, how, seeds, versions())
     half = T_95[min(len(known), max(T_95))] * statistics.stdev(known) / math.sqrt(len(known))
     least, most = -math.inf if unit in SIGNED else 0.0, 1.0 if unit == "share" else math.inf
     low, high = max(least, mean - half), min(most, mean + half)
-    return Figure(name, round(mean, 4), round(low, 4), round(high, 4), unit, how, seeds, versions())
+    return Figure(name, _rounded(mean), _rounded(low), _rounded(high), unit, how, seeds, versions())
+
+
+def _rounded(value: float) -> float:
+    """To four decimals, or to four significant digits where that is finer: a KL of 0.0047 has more to say."""
+    return round(value, 4 if not value else max(4, 3 - math.floor(math.log10(abs(value)))))
 
 
 def absent(name: str, unit: str, how: str, why: str) -> Figure:

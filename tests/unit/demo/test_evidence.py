@@ -51,6 +51,13 @@ def test_one_run_has_no_interval() -> None:
     assert (figure.value, figure.low, figure.high) == (0.9, None, None)
 
 
+def test_small_figures_keep_four_significant_digits_and_others_four_decimals() -> None:
+    small = measured("kl", [0.0045231, 0.0045237], "nats a token", "how")
+    assert small.value == 0.004523
+    assert measured("ratio", [10.678432], "ratio", "how").value == 10.6784
+    assert measured("none", [0.0], "requests", "how").value == 0
+
+
 def test_a_run_that_did_not_show_a_figure_is_not_left_out_of_the_median() -> None:
     figure = evidence.collect("replay.attainment", Taken(demos=[_demo(0.9), _demo(None)]))
     assert figure.value is None
