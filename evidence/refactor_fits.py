@@ -285,9 +285,9 @@ class Fits:
         order = torch.arange(self.neurons).expand(*self.shape)
         self.masked.permute([order for _ in self.masked.experts])
 
-    def measure(self, method: Method) -> Measurement:
-        """Any method on the evaluation text, for the partition that `masked` stands in."""
-        return self._measure(self.evaluation, [method])[0]
+    def measure(self, method: Method, text: Sequence[TokenSequence] | None = None) -> Measurement:
+        """Any method on the evaluation text or another, for the partition that `masked` stands in."""
+        return self._measure(self.evaluation if text is None else text, [method])[0]
 
     def _measure(self, text: Sequence[TokenSequence], methods: Sequence[Method]) -> list[Measurement]:
         return evaluate_methods(self.masked, text, [Subject(method.name, 0.0, method) for method in methods])

@@ -16,7 +16,7 @@ from evidence.refactor_fits import Fits, perplexity, settings_of
 from prism_runtime.refactor.compensation import Repaired, fit_repair
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.evaluate import Measurement
-from prism_runtime.refactor.fit import FittedRecipe
+from prism_runtime.refactor.fit import Allocation, FittedRecipe, RecipeSettings, fit_budget
 from prism_runtime.refactor.gate_first import GateFirst, SlicesThenNeurons
 from prism_runtime.refactor.masked import LayerRows, capture
 from prism_runtime.refactor.thresholds import AnyThresholded, calibrate_thresholds, everything
@@ -28,6 +28,7 @@ FIT, HELD, EVALUATION = 14, 4, 8
 RECIPE = replace(
     settings_of(0, SUB_EXPERTS, (750, 500), rank=32), fisher_samples=1, proposals=80_000, partition_rows=2_000
 )
+ALLOCATIONS: tuple[Allocation, ...] = ("single", "layer")
 SIZING_SEQUENCES = 12
 """Give 3,000 tokens for the mean square of an up projection."""
 SURVIVING = {750: 0.9, 500: 0.7}
@@ -49,9 +50,23 @@ class SmolLM2Figures:
     @cache  # noqa: B019 - one instance, as long as the program runs
     def recipe(self, permille: int, *, compensated: bool = True) -> Measurement:
         """Whole slices by the gate's threshold."""
-        settings = replace(RECIPE, budgets_permille=(permille,))
-        (row,) = self._fits.recipe_rows(settings if compensated else replace(settings, compensation=None))
-        return row
+        settings = replace(RECIPE, allocation=self.allocation)
+        return self._fits.measure(self._fitted(permille, settings if compensated else _bare(settings)))
+
+    @cached_property
+    def allocation(self) -> Allocation:
+        """That which loses less on the held-out text at half budget, before compensation; the partition is the same."""
+
+        def loss(allocation: Allocation) -> float:
+            method = self._fitted(500, _bare(replace(RECIPE, allocation=allocation)))
+            return float(self._fits.measure(method, self._fits.held).kl.mean())
+
+        return min(ALLOCATIONS, key=loss)
+
+    def _fitted(self, permille: int, settings: RecipeSettings) -> ElasticMethod:
+        shared, fits = self._shared, self._fits
+        texts = fits.fit_text(0), fits.held
+        return fit_budget(fits.masked, *texts, shared.gates, shared.metric, permille / 1000, settings)
 
     @cache  # noqa: B019
     def neurons(self, permille: int) -> Measurement:
@@ -83,3 +98,7 @@ class SmolLM2Figures:
     def _sizing(self) -> Sequence[LayerRows]:
         text = self._fits.fit_text(0)
         return capture(self._fits.model, text[:: -(-len(text) // SIZING_SEQUENCES)])
+
+
+def _bare(settings: RecipeSettings) -> RecipeSettings:
+    return replace(settings, compensation=None)
