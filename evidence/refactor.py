@@ -38,6 +38,7 @@ from prism_runtime.refactor.points import PointCount, count_points, kl_at
 
 OUT = Path(__file__).with_name("refactor.json")
 COMMAND = "python -m evidence.refactor"
+LAYER_COMMAND = "python -m prism_runtime.refactor.bench --layer-only"
 SEEDS = (0, 1, 2)
 SCHEDULES: tuple[Schedule, ...] = ("published", "thawed")
 FINE, COARSE = 16, 8
@@ -80,6 +81,17 @@ class Models:
             raise NotTaken(f"'{cache_folder()}' has no Mixtral checkpoint after python -m examples.smollm2")
         texts = ROOT / "examples" / "model"
         return SmolLM2Figures(folders[0], texts, self._console, refit=self._refit)
+
+    @cached_property
+    def layer(self) -> dict[str, float]:
+        """The bench's measurement of a layer of OLMoE's shape: seconds of the wall, and of the processors."""
+        with tempfile.TemporaryDirectory() as scratch:
+            report = Path(scratch) / "bench.json"
+            argv = [sys.executable, "-m", "prism_runtime.refactor.bench", "--layer-only", "--json", str(report)]
+            run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+            if run.returncode:
+                raise NotTaken(f"'{' '.join(argv[1:])}' failed (exit {run.returncode}): {run.stderr[-300:]}")
+            return dict(json.loads(report.read_text())["measurements"]["layer"])
 
 
 Values = Sequence[float | None]
@@ -172,15 +184,12 @@ def _drift(guarded: bool, models: Models) -> Values:
     return models.drift.errors(ROTATIONS, guarded=guarded)
 
 
-def _layer_minutes(_: Models) -> Values:
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "bench.json"
-        argv = [sys.executable, "-m", "prism_runtime.refactor.bench", "--layer-only", "--json", str(report)]
-        run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise NotTaken(f"'{' '.join(argv[1:])}' failed (exit {run.returncode}): {run.stderr[-300:]}")
-        layer = json.loads(report.read_text())["measurements"]["layer"]
-    return [(layer["partition_seconds"] + layer["gate_seconds"]) / 60]
+def _layer_minutes(models: Models) -> Values:
+    return [(models.layer["partition_seconds"] + models.layer["gate_seconds"]) / 60]
+
+
+def _layer_cpu_minutes(models: Models) -> Values:
+    return [models.layer["cpu_seconds"] / 60]
 
 
 def _smollm2_full(models: Models) -> Values:
@@ -223,9 +232,8 @@ COLLECTORS = {
     "points.prism": Collector("points", _points_prism),
     "points.paper": Collector("points", _points_paper),
     "points.topk": Collector("points", _points_top_k, seeds=()),
-    "layer.olmoe_minutes": Collector(
-        "min", _layer_minutes, (0,), "python -m prism_runtime.refactor.bench --layer-only"
-    ),
+    "layer.olmoe_minutes": Collector("min", _layer_minutes, (0,), LAYER_COMMAND),
+    "layer.olmoe_cpu_minutes": Collector("CPU min", _layer_cpu_minutes, (0,), LAYER_COMMAND),
     **{f"bytes.b500.batch{batch}.kl_topk_over_prism": Collector("ratio", partial(_bytes, batch)) for batch in BATCHES},
     **{
         f"bytes.b500.batch{batch}.kl_topk_over.{selection}": Collector("ratio", partial(_bytes_of, batch, selection))

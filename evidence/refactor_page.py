@@ -33,6 +33,7 @@ QUALITY = {
     "drift.realised_error_permille": "largest error of the realised budget on unseen text, with the drift guard",
     "drift.unguarded_error_permille": "the same without it",
     "layer.olmoe_minutes": "time to refactor a layer of OLMoE's shape on two cores",
+    "layer.olmoe_cpu_minutes": "processor time of the same, which a busy machine does not stretch",
 }
 INGREDIENTS = {
     "partition": "partition",
