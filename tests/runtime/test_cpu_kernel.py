@@ -1,10 +1,13 @@
 """The compiled CPU kernel against the definition and the reference."""
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prism_runtime import native
 from prism_runtime.kernels import cpu_moe
 from prism_runtime.kernels.contract import ExpertWeights
 from prism_runtime.kernels.plan import PADDING, PlanTables, PlanTensor
@@ -23,6 +26,28 @@ def compiled() -> None:
 @given(compiled_layers)
 def test_any_subset_of_sub_experts_gives_the_sum_of_their_outputs(layer):
     assert close(cpu_moe.run_kept(*layer), by_definition(*layer))
+
+
+@pytest.fixture(scope="module")
+def for_each_level(tmp_path_factory):
+    folder, compiler = tmp_path_factory.mktemp("levels"), native.find_compiler()
+    libraries = {}
+    for level in native.levels():
+        output = folder / f"{level.name}.so"
+        flags = (*native.FLAGS, *level.flags, *cpu_moe.FLAGS)
+        native.run_compiler([compiler, *flags, "-o", str(output), str(cpu_moe.SOURCE)])
+        libraries[level.name] = cpu_moe.typed(ctypes.CDLL(str(output)))
+    return libraries
+
+
+@settings(max_examples=50, deadline=None)
+@given(layer=compiled_layers)
+def test_every_level_of_processor_gives_the_sum_of_the_outputs(layer, for_each_level):
+    """All that this processor has; a machine for images may have fewer."""
+    for name, library in for_each_level.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu_moe, "_library", lambda library=library: library)
+            assert close(cpu_moe.run_kept(*layer), by_definition(*layer)), name
 
 
 @settings(max_examples=50, deadline=None)

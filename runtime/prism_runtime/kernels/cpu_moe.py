@@ -116,8 +116,12 @@ def _call(
 @cache
 def _library() -> ctypes.CDLL | None:
     library = native.library(SOURCE, FLAGS)
-    if library is not None:
-        library.prism_experts.argtypes = [ctypes.c_void_p] * 14
+    return None if library is None else typed(library)
+
+
+def typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, told that its function takes addresses."""
+    library.prism_experts.argtypes = [ctypes.c_void_p] * 14
     return library
 
 

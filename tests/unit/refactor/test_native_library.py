@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from prism_runtime import native
+from prism_runtime.kernels import cpu_attention, cpu_gating, cpu_moe, triton_launcher
+from prism_runtime.refactor import swap
 
 HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler here")
@@ -91,3 +93,71 @@ def test_without_any_compiler_there_is_no_library(
 def test_a_cache_that_cannot_be_written_does_no_harm(source: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert native.library(source) is None
+
+
+@needs_compiler
+def test_what_was_compiled_beforehand_needs_no_compiler_until_its_source_changes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "PROGRAMS", {source: native.SAME_BITS})
+    monkeypatch.setattr(native, "COMPILED", tmp_path / "compiled")
+    assert native.main([str(tmp_path / "compiled")]) == 0
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    caplog.set_level("INFO")
+    assert answer(source) == 42
+    assert [record.level for record in caplog.records] == [native.levels()[0].name]
+    source.write_text("int answer(void) { return 43; }\n")
+    native.library.cache_clear()
+    assert native.library(source) is None
+
+
+@needs_compiler
+def test_a_program_that_does_not_compile_fails_the_build(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source.write_text("int answer(void) { return forty_two; }\n")
+    monkeypatch.setattr(native, "PROGRAMS", {source: ()})
+    assert native.main([str(tmp_path / "compiled")]) == 1
+    assert "forty_two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (frozenset(), ["portable"]),
+        (native.LEVELS["x86_64"][2].needs, ["avx2", "portable"]),
+        (native.LEVELS["x86_64"][1].needs, ["avx512", "avx2", "portable"]),
+        (native.LEVELS["x86_64"][0].needs | {"amx_bf16"}, ["avx512-bf16", "avx512", "avx2", "portable"]),
+    ],
+)
+def test_a_processor_takes_the_levels_that_it_has_best_first(
+    flags: frozenset[str], names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "processor_flags", lambda: flags)
+    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    assert [level.name for level in native.levels()] == names
+    monkeypatch.setattr(native.platform, "machine", lambda: "aarch64")
+    assert [level.name for level in native.levels()] == ["portable"]
+
+
+def test_every_c_file_of_the_package_is_compiled_beforehand_as_it_is_asked_for() -> None:
+    asked = {module.SOURCE: module.FLAGS for module in (cpu_attention, cpu_gating, cpu_moe)}
+    assert asked | {swap.SOURCE: native.SAME_BITS} == native.PROGRAMS
+    assert set(native.PACKAGE.rglob("*.c")) == set(native.PROGRAMS)
+
+
+@needs_compiler
+def test_triton_takes_its_launcher_as_it_was_compiled_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(native, "COMPILED", tmp_path)
+    monkeypatch.setattr(triton.knobs.build, "impl", None)
+    assert not triton_launcher.use_compiled()
+    assert triton_launcher.main([str(tmp_path)]) == 0
+    assert triton_launcher.use_compiled()
+    (ready,) = tmp_path.iterdir()
+    assert triton.knobs.build.impl("cuda_utils", "driver.c", str(tmp_path), [], [], []) == str(ready)
+    with pytest.raises(RuntimeError, match="wants to compile 'other'"):
+        triton.knobs.build.impl("other", "other.c", str(tmp_path), [], [], [])
