@@ -1,15 +1,23 @@
 """Whatever arrives and leaves: requests and blocks are conserved, only equal text is shared, nobody starves."""
 
 from collections import Counter
+from decimal import Decimal
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prism_api.points import Ladder, OperatingPoint
+from prism_runtime.engine.batching import Slack
 from prism_runtime.engine.blocks import BlockPool, blocks_for
+from prism_runtime.engine.costs import StepCosts
 from prism_runtime.engine.prefix_cache import BLOCK_TOKENS
-from prism_runtime.engine.scheduler import Scheduler, Sequence, Slice
+from prism_runtime.engine.scheduler import Scheduler
+from prism_runtime.engine.sequence import Sequence, Slice
 from prism_runtime.engine.types import Request, Sampling
 
+FULL_POINT = OperatingPoint(
+    name="full", budget_permille=1000, policy="full", relative_quality=Decimal(1), relative_quality_low=Decimal(1)
+)
 SEQUENCES, BLOCKS, CAP, POINTS = 3, 8, 10, 3
 
 arrival = st.tuples(
@@ -29,7 +37,9 @@ class World:
     """
 
     def __init__(self) -> None:
-        self.scheduler = Scheduler(BlockPool(BLOCKS), SEQUENCES, CAP, seed=0)
+        self.now_s = 0.0
+        policy = Slack(StepCosts(Ladder([FULL_POINT])))
+        self.scheduler = Scheduler(BlockPool(BLOCKS), SEQUENCES, CAP, 0, policy, POINTS)
         self.class_point = [POINTS - 1, POINTS - 1]
         self.requests: dict[str, Request] = {}
         self.ended: list[str] = []
@@ -42,7 +52,7 @@ class World:
         name = f"r{len(self.requests)}"
         request = Request(name, tuple(tokens), Sampling(max_tokens), service_class=service_class, priority=priority)
         self.requests[name] = request
-        self.scheduler.enqueue(request)
+        self.scheduler.enqueue(request, self.now_s)
 
     def withdraw(self, index: int) -> None:
         name = f"r{index}"
@@ -55,7 +65,7 @@ class World:
 
     def step(self) -> None:
         before = {name: sequence.prefilling for name, sequence in self.scheduler.running.items()}
-        decode, prefill = self.scheduler.schedule(self.class_point, POINTS)
+        decode, prefill = self.scheduler.schedule(self.class_point, self.now_s)
         running = self.scheduler.running
         self.stopped |= before.keys() - running.keys()
         # One that was stopped and at once found its text in another's blocks reads the rest of it as a prompt.
@@ -67,7 +77,7 @@ class World:
         for piece in (*decode, *prefill):
             self.compute(piece)
             complete = piece.completes
-            self.scheduler.advance(piece, self.class_point[piece.sequence.request.service_class])
+            self.scheduler.advance(piece)
             if complete:
                 piece.sequence.tokens.append(0)
                 if piece.sequence.generated == piece.sequence.request.sampling.max_tokens:
@@ -75,7 +85,7 @@ class World:
                     self.ended.append(piece.sequence.request.request_id)
 
     def compute(self, piece: Slice) -> None:
-        sequence, point = piece.sequence, self.class_point[piece.sequence.request.service_class]
+        sequence, point = piece.sequence, piece.point
         for position in range(sequence.cached, sequence.cached + piece.length):
             place = self.place(sequence, position)
             at = min([point, *[self.memory[self.place(sequence, i)][1] for i in range(position)]])
@@ -176,7 +186,7 @@ def test_a_stopped_sequence_finds_its_complete_blocks_again_while_memory_lasts()
         world.arrive(17, 60, 0, 0, 2)
     while not world.scheduler.counts.preemptions:
         world.step()
-    (waiting,) = [entry[1] for entry in world.scheduler._waiting]
+    (waiting,) = world.scheduler._waiting.values()
     stopped_at = len(waiting.tokens)
     assert stopped_at > 2 * BLOCK_TOKENS
     assert world.scheduler.pool.prefixes.match(waiting.tokens, [POINTS - 1])

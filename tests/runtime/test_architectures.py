@@ -59,7 +59,7 @@ def test_smaller_budget_gives_the_logits_of_the_dense_model_without_the_other_ne
     (prompt,) = prompts([23])
     engine = tiny_engine(architecture)
     full = engine.model.logits([chunk(0, 0, prompt, 0)])[0]
-    engine.model.plan.write([point])
+    engine.model.set_points([point])
     logits = engine.model.logits([chunk(0, 0, prompt, 0)])[0]
     with torch.inference_mode():
         stock = masked_model(architecture, COUNTS[point])
@@ -93,7 +93,7 @@ def test_bfloat16_engine_follows_the_bfloat16_stock_model() -> None:
 def test_realised_budget_is_the_share_of_sub_experts_that_ran() -> None:
     engine = tiny_engine()
     for point, count in enumerate(COUNTS):
-        engine.model.plan.write([point])
+        engine.model.set_points([point])
         engine.model.plan.reset_counters()
         engine.model.logits([chunk(0, 0, prompts([9])[0], 0), chunk(1, 0, prompts([6])[0], 0)])
         assert engine.model.plan.realised_budget == count / SUB_EXPERTS

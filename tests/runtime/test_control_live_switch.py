@@ -180,7 +180,7 @@ def test_pace_prescribes_the_step_time_at_each_point(engine: RecordedEngine) -> 
             assert await stream(served, 1, 10) == (200, 10, True)
             totals = served.process.engine_loop.totals
             working = [report for report in engine.reports if not report.idle]
-            prescribed_s = sum(pacer.step_s(report, {engine.ladder.index("full")}) for report in working)
+            prescribed_s = sum(pacer.step_s(report) for report in working)
             assert totals.count == len(working)
             assert totals.busy_s >= prescribed_s
             assert totals.busy_s - prescribed_s < pacer.lag_s + 0.02 * len(working)

@@ -104,7 +104,7 @@ def test_engine_runs_every_point_and_full_is_untouched_by_gates(artifact: Path, 
 
     engine = Engine.from_artifact(artifact, max_context_tokens=64)
     for point in (0, 1):
-        engine.model.plan.write([point])
+        engine.model.set_points([point])
         engine.model.plan.reset_counters()
         engine.submit(request("r", texts[0], max_tokens=8))
         assert len(tokens_of(run(engine), "r")) == 8

@@ -39,7 +39,7 @@ def gated_engine(architecture: str = "qwen3_moe", tau: float = 0.0, **settings: 
     layers = [GatedLayer(gate, {}) for gate in gates]
     settings = {"max_sequences": 4, "max_context_tokens": 96, **settings}
     engine = Engine(model, tables, manifest, tokenizer=None, gates=layers, **settings)
-    engine.model.plan.write([1] * len(engine.plan.class_point))
+    engine.model.set_points([1] * len(engine.plan.class_point))
     return engine
 
 
@@ -49,7 +49,7 @@ def test_threshold_below_every_score_runs_the_full_model(architecture: str) -> N
     tokens = []
     for tau, point in ((EVERYTHING, 1), (0.0, 2)):
         engine = gated_engine(architecture, tau)
-        engine.model.plan.write([point])
+        engine.model.set_points([point])
         engine.submit(request("a", prompt, max_tokens=6))
         tokens.append(tokens_of(run(engine), "a"))
     assert len(tokens[0]) == 6
@@ -91,7 +91,7 @@ def test_rows_at_prefixes_are_not_measured_and_a_model_without_gates_has_no_hook
 ) -> None:
     engine = gated_engine()
     shown = watch_kernels(engine, monkeypatch)
-    engine.model.plan.write([2])
+    engine.model.set_points([2])
     engine.submit(request("a", prompts([9])[0], max_tokens=2))
     run(engine)
     assert shown == [None] * (2 * LAYERS)
@@ -110,7 +110,7 @@ def test_tokens_at_a_threshold_do_not_depend_on_who_else_runs() -> None:
         alone.append(tokens_of(run(engine), f"r{i}"))
     engine = gated_engine(classes=2)
     engine.drift = DriftGuard({})
-    engine.model.plan.write([1, 2])
+    engine.model.set_points([1, 2])
     for i, prompt in enumerate(texts):
         engine.submit(request(f"r{i}", prompt, max_tokens=10, service_class=i % 2))
     events = run(engine)

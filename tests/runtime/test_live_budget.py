@@ -24,7 +24,7 @@ HALF, FULL = 1, 2
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_classes_at_different_points_share_a_batch_and_each_gets_its_own_logits(architecture: str) -> None:
     engine = tiny_engine(architecture, classes=3)
-    engine.model.plan.write([FULL, HALF, 0])
+    engine.model.set_points([FULL, HALF, 0])
     texts = prompts([12, 9, 11])
     logits = engine.model.logits([chunk(slot, 0, text, slot) for slot, text in enumerate(texts)])
     for row, (text, count) in enumerate(zip(texts, (COUNTS[FULL], COUNTS[HALF], COUNTS[0]), strict=True)):

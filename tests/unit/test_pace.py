@@ -15,8 +15,8 @@ from prism_runtime.engine.types import Finished, FinishReason, Plan, Request, Sa
 from tests.unit.test_governor import NAMES, make_ladder
 
 
-def report(decode: int = 0, context: int = 0, prefill: int = 0) -> StepReport:
-    return StepReport((), Plan(1, (0,)), decode, context, prefill)
+def report(decode: dict[int, int], context: int = 0, prefill: dict[int, int] | None = None) -> StepReport:
+    return StepReport((), Plan(1, (0,)), decode, context, prefill or {})
 
 
 # -- the shipped profile ------------------------------------------------------------------------------------------
@@ -60,11 +60,18 @@ def test_profile_without_a_point_of_the_model_cannot_pace_it() -> None:
         Pacer(lacking, make_ladder())
 
 
-def test_step_takes_the_time_of_the_slowest_point_in_it() -> None:
+def test_a_sequence_costs_what_its_own_point_costs_and_the_base_that_of_the_costliest_in_the_step() -> None:
     pacer = Pacer(load_profile("demo"), make_ladder())
-    mixed = pacer.step_s(report(decode=4), {0, 4})
-    assert mixed == pacer.step_s(report(decode=4), {4}) > pacer.step_s(report(decode=4), {0})
-    assert pacer.step_s(report(), {4}) == 0
+    cheap, dear, mixed = (pacer.step_s(report(at)) for at in ({0: 4}, {4: 4}, {0: 2, 4: 2}))
+    half, full = (load_profile("demo").points[name] for name in ("b500", "full"))
+    saved = full.step_per_sequence_nanoseconds - half.step_per_sequence_nanoseconds
+    assert dear - mixed == pytest.approx(2e-9 * saved)
+    assert cheap < mixed
+    tokens = 100 * half.prefill_per_token_nanoseconds + 50 * full.prefill_per_token_nanoseconds
+    assert pacer.step_s(report({}, prefill={0: 100, 4: 50})) == pytest.approx(
+        1e-9 * (full.step_base_nanoseconds + tokens)
+    )
+    assert pacer.step_s(report({})) == 0
 
 
 def test_step_slower_than_the_pace_is_counted_as_lag_and_not_caught_up() -> None:

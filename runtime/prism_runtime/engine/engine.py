@@ -1,9 +1,9 @@
 """The engine: continuous batching over an elastic model, one iteration per `step()`."""
 
-import math
 import threading
-from collections import deque
-from collections.abc import Iterable, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ from transformers import PreTrainedModel
 
 from prism_api.manifest import Manifest
 from prism_api.points import Ladder
+from prism_runtime.engine.batching import POLICIES
 from prism_runtime.engine.blocks import BlockPool, blocks_for
+from prism_runtime.engine.costs import StepCosts
 from prism_runtime.engine.drift import DriftGuard, HeldBudget
 from prism_runtime.engine.model import Chunk, ElasticModel, load_pretrained
 from prism_runtime.engine.prefix_cache import BLOCK_TOKENS
 from prism_runtime.engine.sampler import History, log_probabilities, sample
-from prism_runtime.engine.scheduler import Scheduler, Slice, context_tokens
+from prism_runtime.engine.scheduler import Scheduler
+from prism_runtime.engine.sequence import Slice
 from prism_runtime.engine.types import (
     EngineLoad,
     Event,
@@ -27,10 +30,10 @@ from prism_runtime.engine.types import (
     Plan,
     Rejected,
     Request,
-    Sampling,
     StepReport,
     Token,
 )
+from prism_runtime.engine.validation import check_request
 from prism_runtime.kernels.contract import GatedLayer
 from prism_runtime.kernels.plan import THRESHOLD, PlanTables
 from prism_runtime.refactor.artifact import open_artifact
@@ -47,8 +50,11 @@ class Engine:
     classes                  rows of the plan
     seed                     source of the seeds of requests that bring none
     gates                    needed if the tables have threshold or batch points, one for each MoE layer
+    policy                   key of `batching.POLICIES`: who runs in a step, at which operating point
+    clock                    of deadlines; with another one steps depend on nothing but their requests and the seed
 
-    `drift` holds the budget of threshold points at the nominal one, and tells what is realised.
+    `costs` price steps for the policy, once they have a profile. `drift` holds the budget of threshold points at the
+    nominal one, and tells what is realised.
     Raises ValueError if the model's window is smaller than `max_context_tokens` or the cache than one such context.
     """
 
@@ -66,6 +72,8 @@ class Engine:
         classes: int = 1,
         seed: int = 0,
         gates: Sequence[GatedLayer] = (),
+        policy: str = "slack",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         _check_limits(model, max_sequences, max_context_tokens, kv_tokens, prefill_tokens_per_step)
         self.manifest = manifest
@@ -88,10 +96,15 @@ class Engine:
                 if mode == THRESHOLD
             }
         )
-        self.scheduler = Scheduler(BlockPool(blocks), max_sequences, prefill_tokens_per_step, seed)
+        self.costs = StepCosts(self.ladder)
+        arranging = POLICIES[policy](self.costs)
+        self.scheduler = Scheduler(
+            BlockPool(blocks), max_sequences, prefill_tokens_per_step, seed, arranging, len(self.ladder)
+        )
         self.plan = Plan(version=0, class_point=(len(self.ladder) - 1,) * classes)
+        self._clock = clock
         self._lock = threading.Lock()
-        self._submitted: deque[Request] = deque()
+        self._submitted: deque[tuple[Request, float]] = deque()
         self._cancelled: dict[str, None] = {}
         self._in_flight: set[str] = set()
         self._pending_plan: Plan | None = None
@@ -118,57 +131,13 @@ class Engine:
 
     def validate(self, request: Request) -> None:
         """Raises Rejected if the request could not run to its end, whatever else runs."""
-        sampling, context = request.sampling, context_tokens(request)
-        if not request.prompt:
-            raise Rejected("the prompt has no tokens; send at least one", "prompt")
-        if outside := [token for token in request.prompt if not 0 <= token < self.vocabulary_size]:
-            raise Rejected(
-                f"{len(outside)} prompt token ids are outside the vocabulary of {self.vocabulary_size}", "prompt"
-            )
-        if sampling.max_tokens < 1:
-            raise Rejected(f"max_tokens must be at least 1; found {sampling.max_tokens}", "max_tokens")
-        if context > self.max_context_tokens:
-            raise Rejected(
-                f"{len(request.prompt)} prompt tokens and max_tokens {sampling.max_tokens} make {context}, the context "
-                f"holds {self.max_context_tokens}; shorten the prompt or lower max_tokens",
-                "prompt" if len(request.prompt) >= self.max_context_tokens else "max_tokens",
-            )
-        if not 0 <= sampling.temperature < float("inf"):
-            raise Rejected(f"temperature must be finite and at least 0; found {sampling.temperature}", "temperature")
-        if not 0 < sampling.top_p <= 1:
-            raise Rejected(f"top_p must be greater than 0 and at most 1; found {sampling.top_p}", "top_p")
-        self._validate_shaping(sampling)
-        if not 0 <= request.service_class < len(self.plan.class_point):
-            raise Rejected(
-                f"service class {request.service_class} is not one of the plan's {len(self.plan.class_point)}",
-                "service_class",
-            )
-
-    def _validate_shaping(self, sampling: Sampling) -> None:
-        if sampling.top_k < 0:
-            raise Rejected(f"top_k must be at least 1, or 0 for all tokens; found {sampling.top_k}", "top_k")
-        if not 0 <= sampling.min_p <= 1:
-            raise Rejected(f"min_p must be between 0 and 1; found {sampling.min_p}", "min_p")
-        if not 0 < sampling.repetition_penalty < float("inf"):
-            raise Rejected(
-                f"repetition_penalty must be greater than 0; found {sampling.repetition_penalty}", "repetition_penalty"
-            )
-        for name, value in (
-            ("presence_penalty", sampling.presence_penalty),
-            ("frequency_penalty", sampling.frequency_penalty),
-        ):
-            if not math.isfinite(value):
-                raise Rejected(f"{name} must be finite; found {value}", name)
-        if sampling.top_logprobs is not None and not 0 <= sampling.top_logprobs <= self.vocabulary_size:
-            raise Rejected(
-                f"top_logprobs must be between 0 and the vocabulary's {self.vocabulary_size}; "
-                f"found {sampling.top_logprobs}",
-                "top_logprobs",
-            )
-        if outside := [token for token, _ in sampling.logit_bias if not 0 <= token < self.vocabulary_size]:
-            raise Rejected(
-                f"{len(outside)} ids of logit_bias are outside the vocabulary of {self.vocabulary_size}", "logit_bias"
-            )
+        check_request(
+            request,
+            vocabulary_size=self.vocabulary_size,
+            max_context_tokens=self.max_context_tokens,
+            classes=len(self.plan.class_point),
+            points=len(self.ladder),
+        )
 
     def submit(self, request: Request) -> None:
         """Queue a request for the next step. Raises Rejected, and then nothing was queued."""
@@ -177,7 +146,7 @@ class Engine:
             if request.request_id in self._in_flight:
                 raise Rejected("a request of this id is in flight already", "request_id")
             self._in_flight.add(request.request_id)
-            self._submitted.append(request)
+            self._submitted.append((request, self._clock()))
 
     def cancel(self, request_id: str) -> None:
         """End a request in the next step, with Finished(CANCELLED). Unknown and finished ids are ignored."""
@@ -187,7 +156,7 @@ class Engine:
 
     def set_plan(self, plan: Plan) -> None:
         """Make `plan` live at the start of the next step. Raises ValueError if it does not fit the tables."""
-        self.model.plan.check(plan.class_point)
+        self.model.check_points(plan.class_point)
         with self._lock:
             self._pending_plan = plan
 
@@ -218,13 +187,13 @@ class Engine:
     # -- on the stepping thread ---------------------------------------------------------------------------------
 
     def step(self) -> StepReport:
-        """One iteration: take what arrived, decode every running sequence, prefill up to the cap, sample, finish.
+        """One iteration: take what arrived, decode and read prompts as the policy arranges it, sample, finish.
 
         The plan is swapped here and nowhere else, so every token has exactly one plan version. A request whose forward
         raises ends as FAILED; the others go on.
         """
         events: list[Event] = self._take_arrivals()
-        decode, prefill = self.scheduler.schedule(self.plan.class_point, len(self.ladder))
+        decode, prefill = self.scheduler.schedule(self.plan.class_point, self._clock())
         context = sum(piece.sequence.cached for piece in decode)
         decoded, failed_decode = self._run(decode)
         prefilled, failed_prefill = self._run(prefill)
@@ -236,18 +205,18 @@ class Engine:
         return StepReport(
             events=tuple(events),
             plan=self.plan,
-            decode_sequences=len(decode),
+            decode_at=_tokens_by_point(decode),
             context_tokens=context,
-            prefill_tokens=sum(piece.length for piece in prefill),
+            prefill_at=_tokens_by_point(prefill),
         )
 
     def _take_arrivals(self) -> list[Event]:
         with self._lock:
             if self._pending_plan is not None:
                 self.plan, self._pending_plan = self._pending_plan, None
-                self.model.plan.write(self.plan.class_point)
+                self.model.set_points(self.plan.class_point)
             while self._submitted:
-                self.scheduler.enqueue(self._submitted.popleft())
+                self.scheduler.enqueue(*self._submitted.popleft())
             cancelled = list(self._cancelled)
             self._cancelled.clear()
             for request_id in cancelled:
@@ -271,7 +240,7 @@ class Engine:
         if not pieces:
             return [], []
         try:
-            logits = self.model.logits([_chunk(piece) for piece in pieces])
+            logits = self.model.logits([self._chunk(piece) for piece in pieces])
         except Exception as error:
             if len(pieces) == 1:
                 return [], [(pieces[0], f"the model's forward raised {type(error).__name__}")]
@@ -284,11 +253,19 @@ class Engine:
         ]
         return ran, failed
 
+    def _chunk(self, piece: Slice) -> Chunk:
+        sequence, service_class = piece.sequence, piece.sequence.request.service_class
+        assert sequence.context, "what runs has memory"
+        tokens = sequence.tokens[sequence.cached : sequence.cached + piece.length]
+        own = piece.point == self.plan.class_point[service_class]
+        row = service_class if own else self.model.row_of_point(piece.point)
+        return Chunk(sequence.context.blocks, sequence.cached, tokens, row)
+
     def _sample(self, ran: list[tuple[Slice, Tensor]]) -> Iterable[Event]:
         """Advance the sequences by what ran; one token for each slice that completes its sequence."""
         complete = [(piece, row) for piece, row in ran if piece.completes]
         for piece, _ in ran:
-            self.scheduler.advance(piece, self.plan.class_point[piece.sequence.request.service_class])
+            self.scheduler.advance(piece)
         if not complete:
             return
         sequences = [piece.sequence for piece, _ in complete]
@@ -302,9 +279,10 @@ class Engine:
         for (piece, row), sequence, token in zip(complete, sequences, tokens, strict=True):
             request, sampling = sequence.request, sequence.request.sampling
             sequence.tokens.append(token)
-            point = self.plan.class_point[request.service_class]
+            if sequence.first_token_s is None:
+                sequence.first_token_s = self._clock()
             likely = None if sampling.top_logprobs is None else log_probabilities(row, token, sampling.top_logprobs)
-            yield Token(request.request_id, token, self.plan.version, point, likely)
+            yield Token(request.request_id, token, self.plan.version, piece.point, likely)
             if token in sampling.stop_token_ids:
                 yield self._finish(piece, FinishReason.STOP)
             elif sequence.generated == sampling.max_tokens:
@@ -325,11 +303,11 @@ def _history(piece: Slice) -> History:
     return History(prompt, piece.sequence.tokens[len(prompt) :])
 
 
-def _chunk(piece: Slice) -> Chunk:
-    sequence = piece.sequence
-    tokens = sequence.tokens[sequence.cached : sequence.cached + piece.length]
-    assert sequence.context, "what runs has memory"
-    return Chunk(sequence.context.blocks, sequence.cached, tokens, sequence.request.service_class)
+def _tokens_by_point(pieces: Sequence[Slice]) -> Counter[int]:
+    tokens = Counter[int]()
+    for piece in pieces:
+        tokens[piece.point] += piece.length
+    return tokens
 
 
 def _check_limits(

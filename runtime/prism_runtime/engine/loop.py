@@ -15,11 +15,12 @@ from typing import Protocol
 
 from prism_api.control import Directive, EnvelopeState, Held
 from prism_api.points import Ladder
+from prism_runtime.engine.costs import StepCosts
 from prism_runtime.engine.drift import HeldBudget
 from prism_runtime.engine.governor import ClassTable, Governor, Refused, Swap, SwapCause
 from prism_runtime.engine.pace import Pacer
 from prism_runtime.engine.signals import LoadSignals
-from prism_runtime.engine.types import EngineLoad, Event, Finished, FinishReason, Plan, Request, StepReport, Token
+from prism_runtime.engine.types import EngineLoad, Event, Finished, FinishReason, Plan, Request, StepReport
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class SteppingEngine(Protocol):
 
     @property
     def ladder(self) -> Ladder: ...
+    @property
+    def costs(self) -> StepCosts: ...
     @property
     def plan(self) -> Plan: ...
     @property
@@ -188,32 +191,23 @@ class EngineLoop:
         return swap
 
     def _step(self, swap: Swap | None) -> None:
-        waiting = self.signals.waiting_classes() if self.pacer else set()
         begun_s = self._clock()
         report = self.engine.step()
         if swap:
             self._listener.swapped(SwapDone(swap.plan, swap.cause, max(0.0, begun_s - swap.due_s)))
         if not report.idle:
             if self.pacer:
-                prescribed_s = self.pacer.step_s(report, self._points_in(report, waiting))
+                prescribed_s = self.pacer.step_s(report)
                 rest_s = self.pacer.rest_s(prescribed_s, self._clock() - begun_s)
                 if rest_s > 0:
                     self._sleep(rest_s)
+            took_s = self._clock() - begun_s
+            self.engine.costs.observe(report.decode_at, report.context_tokens, report.prefill_at, took_s)
             self.totals.count += 1
-            self.totals.busy_s += self._clock() - begun_s
+            self.totals.busy_s += took_s
         self.signals.observe(report.events, self._clock())
         if report.events:
             self._listener.stepped(report.events)
-
-    def _points_in(self, report: StepReport, waiting: set[str]) -> set[int]:
-        """Operating points of a step: those of its tokens, and of the classes whose prompts it may have read.
-
-        A chunk of a prompt gives no token, so its class is known only as one of those waiting when the step began.
-        """
-        points = {event.point for event in report.events if isinstance(event, Token)}
-        if report.prefill_tokens or not points:
-            points |= {report.plan.class_point[self.classes.resolve(name).slot] for name in waiting}
-        return points or set(report.plan.class_point)
 
     def _fail_in_flight(self, error: Exception) -> None:
         """The engine may have lost events of this step, so nobody in flight may wait for a later one."""

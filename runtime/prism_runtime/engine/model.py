@@ -24,12 +24,13 @@ LAYER_TYPES = {FULL_ATTENTION, SLIDING_ATTENTION}
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive tokens of one sequence to run through the model: `tokens` stand at `start` of what `blocks` hold."""
+    """Consecutive tokens of one sequence to run through the model: `tokens` stand at `start` of what `blocks` hold. The
+    plan's `row` says at which operating point: that of a service class, or `ElasticModel.row_of_point`."""
 
     blocks: Sequence[int]
     start: int
     tokens: Sequence[int]
-    service_class: int
+    row: int
 
 
 def load_pretrained(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
@@ -70,10 +71,29 @@ class ElasticModel:
         if tables.gated:
             bind_gates(model, gates)
         self.model = model.eval()
-        self.plan = PlanTensor(tables, classes, model.device)
+        self._classes = classes
+        self.plan = PlanTensor(tables, classes + len(tables.mode), model.device)
+        self.set_points([len(tables.mode) - 1] * classes)
         bind_plan(model, self.plan)
         self.cache = PagedCache(blocks)
         bind_cache(model, self.cache)
+
+    def check_points(self, class_point: Sequence[int]) -> None:
+        """Raises ValueError unless there is one known ladder index for each service class."""
+        if len(class_point) != self._classes or not all(0 <= point < self.plan.points for point in class_point):
+            raise ValueError(
+                f"class_point must hold {self._classes} ladder indices from 0 to {self.plan.points - 1}; "
+                f"found {tuple(class_point)}"
+            )
+
+    def set_points(self, class_point: Sequence[int]) -> None:
+        """Make the service classes' operating points live. Raises ValueError as `check_points` does."""
+        self.check_points(class_point)
+        self.plan.write((*class_point, *range(self.plan.points)))
+
+    def row_of_point(self, point: int) -> int:
+        """The plan's row for a sequence that runs at another point than its class."""
+        return self._classes + point
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -94,9 +114,9 @@ class ElasticModel:
         spans = [range(chunk.start, chunk.start + length) for chunk, length in zip(chunks, lengths, strict=True)]
         positions = torch.tensor([[*span, *[0] * pad] for span, pad in zip(spans, pads, strict=True)], device=device)
         row_class = [
-            service_class
+            row
             for chunk, length, pad in zip(chunks, lengths, pads, strict=True)
-            for service_class in (*[chunk.service_class] * length, *[PADDING] * pad)
+            for row in (*[chunk.row] * length, *[PADDING] * pad)
         ]
         padding = torch.tensor([c == PADDING for c in row_class]).view_as(positions) if any(pads) else None
         length = self.cache.attach(CacheRows([_table(chunk) for chunk in chunks], positions, padding))

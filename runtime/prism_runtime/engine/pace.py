@@ -5,14 +5,14 @@ time is prescribed. A step that took longer than its profile is *lag*: it is cou
 that could not keep its pace says so.
 """
 
-from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from prism_api.points import Ladder
-from prism_api.profile import PointProfile, Profile
+from prism_api.profile import Profile
+from prism_runtime.engine.costs import StepCosts
 from prism_runtime.engine.types import StepReport
 
 SHIPPED_PROFILES = resources.files("prism_runtime") / "profiles"
@@ -48,18 +48,14 @@ class Pacer:
                 f"profile of '{profile.accelerator}' has no cost for {', '.join(missing)}; it must price every "
                 f"point of the model: {', '.join(ladder.names)}"
             )
-        self._costs: list[PointProfile] = [profile.points[name] for name in ladder.names]
+        self._costs = StepCosts(ladder)
+        self._costs.take(profile)
         self.lagging_steps = 0
         self.lag_s = 0.0
 
-    def step_s(self, report: StepReport, points: Iterable[int]) -> float:
-        """Prescribed duration of a step: its shape at the slowest of the operating points (ladder indices) in it."""
-        if report.idle:
-            return 0.0
-        return max(
-            self._costs[point].step_seconds(report.decode_sequences, report.context_tokens, report.prefill_tokens)
-            for point in points
-        )
+    def step_s(self, report: StepReport) -> float:
+        """Prescribed duration of a step: of its shape at the operating points in it."""
+        return self._costs.seconds(report.decode_at, report.context_tokens, report.prefill_at)
 
     def rest_s(self, prescribed_s: float, elapsed_s: float) -> float:
         """Time left of a step after `elapsed_s`; a step already over it adds to the lag."""

@@ -82,8 +82,3 @@ class LoadSignals:
         """Ids of every request without a final event."""
         with self._lock:
             return [*self._waiting, *self._running]
-
-    def waiting_classes(self) -> set[str]:
-        """Classes with a request that has no token yet."""
-        with self._lock:
-            return {request.class_name for request in self._waiting.values()}

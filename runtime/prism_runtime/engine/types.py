@@ -3,6 +3,7 @@
 Token ids only: text, stop strings and HTTP belong to `server/`. Every submitted request gets exactly one `Finished`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -43,6 +44,16 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Promise:
+    """What a request's class was promised, and the lowest operating point (ladder index) that it may be run at to keep
+    promises. None: no objective; no other point than its class's."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    floor: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A request after admission at the door; `prompt` holds token ids, `service_class` indexes the plan's classes."""
 
@@ -51,6 +62,7 @@ class Request:
     sampling: Sampling
     service_class: int = 0
     priority: int = 0
+    promise: Promise = Promise()
 
 
 class FinishReason(StrEnum):
@@ -102,13 +114,22 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did; its shape is what a profile prices."""
+    """What one step did; its shape is what a profile prices. `decode_at` and `prefill_at` are sequences and prompt
+    tokens by the operating point (ladder index) that they ran at."""
 
     events: tuple[Event, ...]
     plan: Plan
-    decode_sequences: int
+    decode_at: Mapping[int, int]
     context_tokens: int
-    prefill_tokens: int
+    prefill_at: Mapping[int, int]
+
+    @property
+    def decode_sequences(self) -> int:
+        return sum(self.decode_at.values())
+
+    @property
+    def prefill_tokens(self) -> int:
+        return sum(self.prefill_at.values())
 
     @property
     def idle(self) -> bool:

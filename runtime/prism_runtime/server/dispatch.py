@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from prism_runtime.engine.governor import ServiceClass
 from prism_runtime.engine.loop import EngineLoop, SwapDone
-from prism_runtime.engine.types import Event, Finished, FinishReason, Request, Sampling, Token
+from prism_runtime.engine.types import Event, Finished, FinishReason, Promise, Request, Sampling, Token
 from prism_runtime.server.accounting import Accounting, Passage
 from prism_runtime.server.errors import ApiError
 from prism_runtime.server.metrics import Latencies
@@ -93,7 +93,12 @@ class Dispatcher:
                 retry_after_s=SHED_RETRY_AFTER_S,
             )
         request = Request(
-            f"r{next(self._ids)}", prompt, sampling, service_class=service_class.slot, priority=service_class.priority
+            f"r{next(self._ids)}",
+            prompt,
+            sampling,
+            service_class=service_class.slot,
+            priority=service_class.priority,
+            promise=Promise(service_class.ttft_s, service_class.tpot_s, service_class.floor),
         )
         self.engine_loop.submit(request, service_class.name)
         passage = self._accounting.arrived(service_class, len(prompt), self._clock())

@@ -68,6 +68,8 @@ async def _serve(settings: ServeSettings, started_s: float) -> None:
     if profile is None and not settings.no_profile:
         profile = measure_profile(engine, kv_sized(limits), accelerator=settings.accelerator or "cpu")
         log.info("profile measured", extra={"points": list(profile.points)})
+    if profile:
+        engine.costs.take(profile)
     process = ServingProcess(
         engine,
         settings,

@@ -2,13 +2,14 @@
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from prism_api.manifest import Manifest
 from prism_api.points import Ladder, OperatingPoint
+from prism_runtime.engine.costs import StepCosts
 from prism_runtime.engine.drift import HeldBudget
 from prism_runtime.engine.types import (
     EngineLoad,
@@ -83,6 +84,7 @@ class ScriptedEngine:
     ) -> None:
         self.manifest = manifest()
         self.ladder = ladder()
+        self.costs = StepCosts(self.ladder)
         self.tokenizer = byte_tokenizer()
         self.max_context_tokens = max_context_tokens
         self.vocabulary_size = VOCABULARY
@@ -145,15 +147,15 @@ class ScriptedEngine:
             assert self.gate.wait(timeout=30), "the test never opened the gate"
             time.sleep(self._step_s)
         with self._lock:
-            events, prefill = self._drop_cancelled(), 0
+            events, prefill = self._drop_cancelled(), Counter[int]()
             while self._waiting and len(self._running) < self._max_sequences:
                 request = self._waiting.popleft()
                 self._running[request.request_id] = (request, 0)
-                prefill += len(request.prompt)
-            decoding = len(self._running)
+                prefill[self.plan.class_point[request.service_class]] += len(request.prompt)
+            decoding = Counter(self.plan.class_point[request.service_class] for request, _ in self._running.values())
             for request, made in list(self._running.values()):
                 events += self._advance(request, made)
-        report = StepReport(tuple(events), self.plan, decoding, 8 * decoding, prefill)
+        report = StepReport(tuple(events), self.plan, decoding, 8 * decoding.total(), prefill)
         self.steps.append(report)
         return report
 
