@@ -113,7 +113,7 @@ def library(source: Path, extra_flags: tuple[str, ...] = SAME_BITS) -> ctypes.CD
 
 def _loaded(path: Path, source: Path, level: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    log.info("compiled code loaded", extra={"program": source.stem, "level": level})
+    log.info("compiled code loaded", extra={"program": source.stem, "processor": level})
     return library
 
 

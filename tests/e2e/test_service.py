@@ -49,6 +49,16 @@ def test_pods_run_restricted_with_requests_and_a_memory_limit(system: System) ->
     assert "memory" in container["resources"]["limits"]
 
 
+def test_pods_run_the_compiled_kernels_that_their_image_brings(system: System) -> None:
+    system.wait_ready(replicas=1)
+    (item,) = system.cluster.get("pods", "-n", NAMESPACE, "-l", f"moeprism.io/service={SERVICE}")["items"]
+    lines = system.cluster.kubectl("logs", "-n", NAMESPACE, item["metadata"]["name"]).splitlines()
+    said = [json.loads(line) for line in lines if line.startswith("{")]
+    loaded = {line["program"]: line["processor"] for line in said if line["message"] == "compiled code loaded"}
+    assert {"cpu_experts", "cpu_gate"} <= set(loaded), "pods fell back to torch"
+    assert "native" not in loaded.values(), "a pod compiled what its image should bring"
+
+
 def test_a_burst_lowers_the_budget_within_two_seconds_fails_nothing_and_full_returns(system: System) -> None:
     system.apply(scaling={"minReplicas": 1, "maxReplicas": 1})
     system.wait_ready(replicas=1)

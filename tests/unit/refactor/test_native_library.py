@@ -106,7 +106,7 @@ def test_what_was_compiled_beforehand_needs_no_compiler_until_its_source_changes
     monkeypatch.setenv("PATH", str(tmp_path))
     caplog.set_level("INFO")
     assert answer(source) == 42
-    assert [record.level for record in caplog.records] == [native.levels()[0].name]
+    assert [record.processor for record in caplog.records] == [native.levels()[0].name]
     source.write_text("int answer(void) { return 43; }\n")
     native.library.cache_clear()
     assert native.library(source) is None
