@@ -79,6 +79,20 @@ def measure_profile(
     )
 
 
+def probe(engine: SteppingEngine, limits: Limits, clock: Callable[[], float] = time.perf_counter) -> list[StepSample]:
+    """Some steps at the last operating point, `full`: one sequence, and as many as fit. Leaves an idle engine idle.
+
+    Nobody else may step it meanwhile.
+    """
+    before, ids = engine.plan, itertools.count()
+    engine.set_plan(Plan(before.version, (len(engine.ladder) - 1,) * CLASS_SLOTS))
+    few, many = _shapes(limits)[0], _shapes(limits)[-1]
+    samples = [sample for shape in (few, many) for sample in _run_shape(engine, *shape, clock, ids)]
+    engine.set_plan(before)
+    engine.step()
+    return samples
+
+
 def fit_point(samples: list[StepSample]) -> PointProfile:
     """Non-negative least squares of the profile's formula, and the mean absolute error relative to the mean step.
 
