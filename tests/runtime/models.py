@@ -140,7 +140,7 @@ def chunk(place: int, start: int, tokens: Sequence[int], service_class: int = 0)
 
 def request(name: str, prompt: Sequence[int], max_tokens: int = 8, **settings: Any) -> Request:
     """A greedy request unless `settings` say otherwise."""
-    outer = {key: settings.pop(key) for key in ("service_class", "priority") if key in settings}
+    outer = {key: settings.pop(key) for key in ("service_class", "priority", "promise") if key in settings}
     return Request(name, tuple(prompt), Sampling(max_tokens, **{"temperature": 0.0, **settings}), **outer)
 
 
