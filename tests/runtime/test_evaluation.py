@@ -11,8 +11,8 @@ import torch
 from prism_runtime.engine.model import load_pretrained
 from prism_runtime.refactor.artifact import open_artifact
 from prism_runtime.refactor.assessment import AssessmentOptions, assess_artifact
-from prism_runtime.refactor.baselines import OracleGate, calibrate_threshold
-from prism_runtime.refactor.bytes import StepSubject, measure_touching, touched_shares
+from prism_runtime.refactor.baselines import OracleGate, Prefix, calibrate_threshold
+from prism_runtime.refactor.bytes import StepSubject, measure_touching, touched_by_prefixes, touched_shares
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.evaluate import Subject, evaluate_methods
 from prism_runtime.refactor.masked import LayerInput, MaskedModel, token_ids
@@ -121,3 +121,22 @@ def test_shares_of_several_step_sizes_are_those_of_steps_taken_alone(
         assert share == pytest.approx(alone.share, abs=1e-6)
     assert shares[1] < shares[2] < shares[4] <= 1
     assert touched_shares(masked, sequences, method, sizes=(8,)) == {}
+
+
+def test_bytes_of_prefixes_follow_from_the_routing(artifact: Path, sequences: list[TokenSequence]) -> None:  # noqa: F811
+    model = load_pretrained(artifact)[0]
+    masked = MaskedModel(model)
+    cut = cut_of(open_artifact(artifact))
+    uniform = torch.full((cut.layers, cut.top_k), 3)
+    ranked = torch.tensor([4, *[1] * (cut.top_k - 1)]).expand(cut.layers, -1)
+    shares = touched_by_prefixes(model, sequences, {750: uniform, 400: ranked}, cut.sub_experts, sizes=(1, 2, 4, 8))
+    assert shares[750] == {1: 0.75, 2: 0.75, 4: 0.75}
+    assert shares[400][1] == pytest.approx(float(ranked[0].float().mean()) / cut.sub_experts)
+    assert shares[400][1] < shares[400][2] < shares[400][4] < 1
+    assert touched_by_prefixes(model, sequences, {750: uniform}, cut.sub_experts, sizes=(8,)) == {750: {}}
+    # One layer's routing does not depend on what earlier layers drop, so there the point itself touches as much.
+    whole = torch.full((cut.layers, cut.top_k), cut.sub_experts)
+    whole[0] = ranked[0]
+    alone = touched_shares(masked, sequences, Prefix("ranked", whole, cut.sub_experts), sizes=(2,))
+    first = touched_by_prefixes(model, sequences, {400: whole}, cut.sub_experts, sizes=(2,))
+    assert first[400][2] == pytest.approx(alone[2], abs=0.02)

@@ -8,13 +8,15 @@ the same step.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from prism_runtime.kernels.gating import ranks
 from prism_runtime.refactor.baselines import MaskedForward, ThresholdGate
 from prism_runtime.refactor.bootstrap import Floats, Interval, Resampling
 from prism_runtime.refactor.elastic import MULTIPLY_ADDS_OF_A_NEURON, ElasticMethod
@@ -22,6 +24,7 @@ from prism_runtime.refactor.masked import LayerInput, MaskedModel, token_ids
 from prism_runtime.refactor.method import Choice, Method, Slots
 from prism_runtime.refactor.points import kl_at
 from prism_runtime.refactor.text import TokenSequence
+from prism_runtime.refactor.trace import trace_experts
 
 EXPERTS = "experts"
 """The selection of plain top-k: whole experts."""
@@ -113,6 +116,39 @@ def touched_shares(
     for start in range(0, len(mixed) // largest * largest, largest):
         masked.run(token_ids(mixed[start : start + largest]), visit)
     return {count.step_tokens: min(1.0, count.share + fixed) for count in counts}
+
+
+def touched_by_prefixes(
+    model: PreTrainedModel,
+    sequences: Sequence[TokenSequence],
+    counts: Mapping[int, Tensor],
+    sub_experts: int,
+    sizes: Sequence[int] = STEP_SIZES,
+) -> dict[int, dict[int, float]]:
+    """`touched_shares` of points that run a prefix by router rank, by budget: their neurons are known from the routing
+    alone, so the full model is run once, and its routing stands for theirs.
+
+    counts  budget in per-mille -> [L, K] sub-experts that run, by MoE layer and router rank
+    """
+    mixed = interleave(sequences)[:COUNTED_SEQUENCES]
+    fitting = [size for size in sizes if size <= len(mixed)]
+    touched = {permille: dict.fromkeys(fitting, 0.0) for permille in counts}
+    routed = dict.fromkeys(fitting, 0)
+
+    def visit(layer: int, hidden: Tensor, expert_ids: Tensor, router_weights: Tensor) -> None:
+        rank = ranks(router_weights)
+        for size in fitting:
+            step = step_of(len(expert_ids), size, len(mixed[0].ids))
+            places, index = (step[:, None] * (int(expert_ids.max()) + 1) + expert_ids).unique(return_inverse=True)
+            routed[size] += len(places) * sub_experts
+            for permille, count in counts.items():
+                longest = torch.zeros(len(places), dtype=torch.int64)
+                longest.scatter_reduce_(0, index.flatten(), count[layer][rank].flatten().long(), "amax")
+                touched[permille][size] += float(longest.sum())
+
+    for start in range(0, len(mixed) // fitting[-1] * fitting[-1] if fitting else 0, max(fitting, default=1)):
+        trace_experts(model, mixed[start : start + fitting[-1]], visit)
+    return {permille: {size: sums[size] / routed[size] for size in fitting} for permille, sums in touched.items()}
 
 
 def fixed_reads(method: ElasticMethod, neurons: int, hidden: int, top_k: int) -> float:

@@ -14,6 +14,7 @@ from prism_api.manifest import Divergence, MeasuredPoint
 from prism_runtime.engine.model import load_pretrained
 from prism_runtime.kernels.plan import PlanTables
 from prism_runtime.refactor.artifact import write_sidecar
+from prism_runtime.refactor.bytes import COUNTED_SEQUENCES, STEP_SIZES, touched_by_prefixes
 from prism_runtime.refactor.calibration import Calibration
 from prism_runtime.refactor.evaluate import PointQuality, evaluate_points
 from prism_runtime.refactor.partition import Partition, Saliency, allocate_prefixes, rank_energy
@@ -46,10 +47,11 @@ class PrefixPoints:
         counts = allocate(shares, saliency, partitions, shape.top_k)
         quality = self._quality(checkpoint, counts)
         kept = strictly_rising(quality)
+        touched = self._touched({permille: counts[permille] for permille in kept})
         by_layer = dict(zip(shape.moe_layers, partitions, strict=True))
         write_sidecar(checkpoint, by_layer, torch.stack([counts[permille] for permille in kept]))
         return Finished(
-            [_measured_point(permille, quality[permille]) for permille in kept],
+            [_measured_point(permille, quality[permille], touched[permille]) for permille in kept],
             {"kind": "none", "selection": "prefix", "allocation": "rank"},
         )
 
@@ -69,6 +71,23 @@ class PrefixPoints:
                     task = partial(self._evaluate, packed, list(counts).index(permille), len(counts) - 1, advance)
                     done[permille] = work.run(stages[permille], task)
         return {permille: _quality_of(output.facts) for permille, output in done.items() if output is not None}
+
+    def _touched(self, counts: Mapping[int, Tensor]) -> dict[int, dict[str, float]]:
+        """For each budget: share of the weight bytes that a step reads, by its number of tokens."""
+        asked = {str(permille): count.tolist() for permille, count in counts.items()}
+        parameters = {"counts": asked, "sizes": list(STEP_SIZES), "sequences": COUNTED_SEQUENCES}
+        facts = self._run.work.run(Stage.of("bytes", parameters, self._run.root), partial(self._count, counts)).facts
+        return {permille: facts[str(permille)] for permille in counts}
+
+    def _count(self, counts: Mapping[int, Tensor]) -> Output:
+        run = self._run
+        found = touched_by_prefixes(run.model, run.texts.evaluation, counts, run.shape.sub_experts)
+        return Output(
+            facts={
+                str(permille): {str(size): round(share, 4) for size, share in shares.items()}
+                for permille, shares in found.items()
+            }
+        )
 
     def _evaluate(self, packed: PackedModel, point: int, full: int, advance: Advance) -> Output:
         quality = evaluate_points(packed, self._run.texts.evaluation, [point], full, advance)[point]
@@ -119,7 +138,7 @@ def _quality_of(facts: Mapping[str, Any]) -> PointQuality:
     return PointQuality(**{**facts, "kl": Divergence.model_validate(facts["kl"])})
 
 
-def _measured_point(permille: int, quality: PointQuality) -> MeasuredPoint:
+def _measured_point(permille: int, quality: PointQuality, touched: Mapping[str, float]) -> MeasuredPoint:
     return MeasuredPoint(
         name=FULL if permille == 1000 else f"b{permille}",
         budget_permille=permille,
@@ -129,4 +148,5 @@ def _measured_point(permille: int, quality: PointQuality) -> MeasuredPoint:
         kl=quality.kl,
         same_top1=quality.same_top1,
         realised_permille=quality.realised_permille,
+        touched_bytes_share=dict(touched) if touched and permille != 1000 else None,
     )
