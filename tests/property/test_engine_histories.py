@@ -118,3 +118,20 @@ def test_gold_is_the_stock_text_where_prompts_are_chunked_found_cancelled_and_st
     engine(architecture).submit(request(f"r{next(names)}", OTHER, 2, service_class=BULK, promise=Promise(0.1, 0.1, 0)))
     points = {event.point for event in run(engine(architecture)) if isinstance(event, Token)}
     assert 0 in points, "bulk is lowered by the policy itself"
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
+def test_gold_computes_a_prompt_again_that_bulk_has_read_at_a_smaller_budget_and_bulk_takes_golds(
+    architecture: str,
+) -> None:
+    pod = tiny_engine(architecture, classes=2)
+    pod.set_plan(Plan(1, (FULL, 0)))
+    known = []
+    for name, service_class in (("bulk", BULK), ("gold", GOLD), ("bulk again", BULK)):
+        pod.submit(request(name, LONG, MAX_TOKENS, service_class=service_class))
+        events = run(pod)
+        known.append(pod.load().prompt_tokens_known)
+        if service_class == GOLD:
+            tokens = [event.token_id for event in events if isinstance(event, Token)]
+            assert tokens == stock_greedy(tiny_model(architecture), LONG, MAX_TOKENS)
+    assert known == [0, 0, 48]
