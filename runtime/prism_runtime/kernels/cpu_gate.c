@@ -19,7 +19,8 @@ typedef struct {
     int64_t rows, top_k, experts, sub_experts, neurons, hidden;  // neurons of a sub-expert
     int64_t rank;                                                // of the compensation, 0 for none
     int64_t cap;                                                 // most cells of a row, 0 for no limit
-    float tau, kappa;  // log threshold; kappa below 0 evaluates every gate output
+    int64_t point, at;  // of the point, and of the point and layer, in the plan's tables
+    float kappa;        // below 0 evaluates every gate output
 } shape;
 
 // Pointers may be null where the shape or the gate has no such part. Layouts as in contract.GateWeights and
@@ -29,11 +30,12 @@ typedef struct {
     const float *a, *u, *c;
 } fitted;
 
-// Counters of the plan that the call adds to, see plan.PlanTensor; `spent` is the row of the point.
+// The plan's tables of log thresholds, and its counters that the call adds to: see plan.PlanTensor.
 typedef struct {
+    const float *tau, *shift;
     int64_t *ran, *routed;
     double *extra, *spent;
-} counters;
+} live_plan;
 
 static float dot(const float *x, const float *w, int64_t width) {
     lanes sums = {0}, others = {0};  // two, as one would wait for its own last sum
@@ -93,8 +95,9 @@ static void compensate(const shape *s, const fitted *f, const float *x, const in
 // is a compensation, and charges what `gating.choose_cells` charges. `score` holds K * N floats.
 void prism_threshold_cells(const shape *s, const fitted *f, const int64_t *rows, int64_t count, const float *hidden,
                            const int64_t *expert_ids, const float *router_weights, const float *residual_rms,
-                           uint8_t *keep, float *added, float *score, const counters *charged) {
+                           uint8_t *keep, float *added, float *score, const live_plan *plan) {
     int64_t subs = s->sub_experts, cells = s->top_k * subs, ran = 0, outputs = 0, routed = 0;
+    float tau = plan->tau[s->at] + plan->shift[s->point];
     for (int64_t i = 0; i < count; i++) {
         int64_t row = rows[i], heaviest = -1, kept = 0, slots = 0;
         const float *x = hidden + row * s->hidden, *router = router_weights + row * s->top_k;
@@ -111,12 +114,12 @@ void prism_threshold_cells(const shape *s, const fitted *f, const int64_t *rows,
             for (int64_t n = 0; n < subs; n++) {
                 int64_t cell = ids[k] * subs + n;
                 float predicted = f->mean[cell];
-                if (s->kappa < 0 || fabsf(s->tau - scale - predicted) < s->kappa * f->deviation[cell]) {
+                if (s->kappa < 0 || fabsf(tau - scale - predicted) < s->kappa * f->deviation[cell]) {
                     predicted = f->bias[cell] + dot(x, f->weight + cell * s->hidden, s->hidden);
                     outputs++;
                 }
                 score[k * subs + n] = predicted + scale;
-                mine[k * subs + n] = score[k * subs + n] >= s->tau;
+                mine[k * subs + n] = score[k * subs + n] >= tau;
                 kept += mine[k * subs + n];
             }
         }
@@ -128,14 +131,14 @@ void prism_threshold_cells(const shape *s, const fitted *f, const int64_t *rows,
     int64_t width = s->hidden, multiply_adds = outputs * width + s->rank * (routed - ran);
     multiply_adds += count * ((f->token != 0) + 2 * s->rank) * width;
     double extra = (double)multiply_adds / (3 * s->neurons * width);
-    *charged->ran += ran, *charged->routed += routed, *charged->extra += extra;
-    charged->spent[0] += ran + extra, charged->spent[1] += routed;
+    *plan->ran += ran, *plan->routed += routed, *plan->extra += extra;
+    plan->spent[2 * s->point] += ran + extra, plan->spent[2 * s->point + 1] += routed;
 }
 
 // For every row: the first `counts` [T, R] sub-experts of its experts, by the rank of their router weight; R is K, or 1
 // where all ranks get the same. Writes all of `keep`; slots of rows without sub-experts are not counted as routed.
 void prism_prefix_cells(const shape *s, const int32_t *counts, int64_t ranks, const int64_t *expert_ids,
-                        const float *router_weights, uint8_t *keep, const counters *charged) {
+                        const float *router_weights, uint8_t *keep, const live_plan *plan) {
     for (int64_t row = 0; row < s->rows; row++) {
         const float *router = router_weights + row * s->top_k;
         const int32_t *count = counts + row * ranks;
@@ -145,7 +148,7 @@ void prism_prefix_cells(const shape *s, const int32_t *counts, int64_t ranks, co
                 place += router[other] > router[k] || (router[other] == router[k] && other < k);
             int64_t some = ours ? count[place] : 0;
             for (int64_t n = 0; n < s->sub_experts; n++) keep[slot * s->sub_experts + n] = n < some;
-            *charged->ran += some, *charged->routed += (ours && count[0] > 0) * s->sub_experts;
+            *plan->ran += some, *plan->routed += (ours && count[0] > 0) * s->sub_experts;
         }
     }
 }

@@ -21,7 +21,7 @@ LAYERS_TIMES_POINTS = 4096
 """Whose pointers are kept: gathering them takes as long as using them."""
 
 
-SIZES = ("rows", "top_k", "experts", "sub_experts", "neurons", "hidden", "rank", "cap")
+SIZES = ("rows", "top_k", "experts", "sub_experts", "neurons", "hidden", "rank", "cap", "point", "at")
 
 
 class _Shape(ctypes.Structure):
@@ -29,7 +29,7 @@ class _Shape(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in SIZES),
-        *((name, ctypes.c_float) for name in ("tau", "kappa")),
+        ("kappa", ctypes.c_float),
     )
 
 
@@ -41,10 +41,13 @@ class _Fitted(ctypes.Structure):
     )
 
 
-class _Counters(ctypes.Structure):
-    """`counters` of cpu_gate.c."""
+PLAN = ("tau", "shift", "ran", "routed", "extra", "spent")
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("ran", "routed", "extra", "spent"))
+
+class _LivePlan(ctypes.Structure):
+    """`live_plan` of cpu_gate.c."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in PLAN)
 
 
 def cells_to_run(
@@ -67,12 +70,13 @@ def cells_to_run(
     shape = _Shape(tokens, top_k, experts, sub_experts, doubled // 2, width)
     ids, router = expert_ids.long().contiguous(), router_weights.float().contiguous()
     keep = torch.empty(tokens, top_k, sub_experts, dtype=torch.bool)
-    charged = _Counters(*(tensor.data_ptr() for tensor in (plan.ran, plan.routed, plan.extra, plan.spent)))
+    live = _LivePlan(*(getattr(plan, name).data_ptr() for name in PLAN))
+    at_shape, at_plan = ctypes.addressof(shape), ctypes.addressof(live)
     if sum(map(len, points.values())) < tokens:
         counts = plan.row_counts(layer).contiguous()
-        ranks = ctypes.c_int64(counts.shape[1])
         library.prism_prefix_cells(
-            ctypes.byref(shape), _at(counts), ranks, _at(ids), _at(router), _at(keep), ctypes.byref(charged)
+            *(at_shape, counts.data_ptr(), counts.shape[1]),
+            *(ids.data_ptr(), router.data_ptr(), keep.data_ptr(), at_plan),
         )
     if not points:
         return keep, None
@@ -83,11 +87,11 @@ def cells_to_run(
     score = torch.empty(top_k * sub_experts)
     for point, rows in points.items():
         fitted, shape.kappa, shape.rank = _fitted(gated.gate, gated.compensation.get(point))
-        shape.tau, shape.cap = float(plan.threshold(point, layer)), plan.cap_of(point)
-        charged.spent = plan.spent[point].data_ptr()
+        shape.cap, shape.point, shape.at = plan.cap_of(point), point, point * plan.tau.shape[1] + layer
         library.prism_threshold_cells(
-            *(ctypes.byref(shape), ctypes.byref(fitted.pointers), _at(rows), ctypes.c_int64(len(rows))),
-            *(_at(x), _at(ids), _at(router), _at(rms), _at(keep), _at(added), _at(score), ctypes.byref(charged)),
+            *(at_shape, ctypes.addressof(fitted.pointers), rows.data_ptr(), len(rows), x.data_ptr(), ids.data_ptr()),
+            *(router.data_ptr(), rms.data_ptr(), keep.data_ptr(), None if added is None else added.data_ptr()),
+            *(score.data_ptr(), at_plan),
         )
         if weights.b2 is not None and added is not None:
             valid = ids[rows] < experts
@@ -119,10 +123,11 @@ def _fitted(gate: GateWeights, compensation: CompensationWeights | None) -> tupl
     return _Held(pointers, tensors), kappa, 0 if compensation is None else len(compensation.u)
 
 
-def _at(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
-
-
 @cache
 def _library() -> ctypes.CDLL | None:
-    return native.library(SOURCE, FLAGS)
+    library = native.library(SOURCE, FLAGS)
+    if library is not None:
+        address, number = ctypes.c_void_p, ctypes.c_int64
+        library.prism_prefix_cells.argtypes = [address, address, number, *[address] * 4]
+        library.prism_threshold_cells.argtypes = [address, address, address, number, *[address] * 8]
+    return library

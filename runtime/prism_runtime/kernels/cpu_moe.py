@@ -53,7 +53,7 @@ def sub_expert_moe(
         return _run_prefixes(hidden, expert_ids, router_weights, layer, plan, weights)
     keep, added = cpu_gating.cells_to_run(hidden, expert_ids, router_weights, layer, plan, weights, gated, residual_rms)
     out = run_kept(hidden, expert_ids, router_weights, keep, weights)
-    return out if added is None else out + added.to(out.dtype)
+    return out if added is None else out.add_(added)
 
 
 def available() -> bool:
