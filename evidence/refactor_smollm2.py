@@ -26,7 +26,7 @@ SUB_EXPERTS = 48
 FIT, HELD, EVALUATION = 14, 4, 8
 """Sequences of a domain."""
 RECIPE = replace(
-    settings_of(0, SUB_EXPERTS, (750, 500), rank=32), fisher_samples=1, proposals=80_000, partition_rows=2_000
+    settings_of(0, SUB_EXPERTS, (750, 500), rank=32), fisher_samples=1, proposals=200_000, partition_rows=2_000
 )
 ALLOCATIONS: tuple[Allocation, ...] = ("single", "layer")
 SIZING_SEQUENCES = 12

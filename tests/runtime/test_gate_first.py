@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from prism_runtime.refactor.baselines import RandomSubExperts, calibrate_threshold
+from prism_runtime.refactor.baselines import RandomSubExperts
 from prism_runtime.refactor.compensation import Repaired, fit_repair
 from prism_runtime.refactor.elastic import ElasticMethod
 from prism_runtime.refactor.fit import RecipeSettings, fit_gates
-from prism_runtime.refactor.gate_first import GateFirst, SlicesThenNeurons, share_to_keep
+from prism_runtime.refactor.gate_first import GATE_SHARE, GateFirst, SlicesThenNeurons
 from prism_runtime.refactor.masked import MaskedModel, capture
 from prism_runtime.refactor.method import Choice, Method, Slots
 from prism_runtime.refactor.text import TokenSequence
@@ -74,12 +74,12 @@ def test_threshold_spends_the_budget_and_loses_less_than_chance(budget: float) -
         masked.reset()
         return float((full.exp() * (full - masked.log_probabilities(sequences, method))).sum(-1).mean())
 
-    gate = gate_first(masked, sequences)
+    gate = calibrate_thresholds(masked, sequences, gate_first(masked, sequences), budget, by_layer=True)
     neurons = masked.experts[0].down.shape[1]
-    calibrate_threshold(masked, gate, sequences, share_to_keep(budget), per_layer=True)
     chosen, realised = divergence(gate), masked.realised
-    chance = divergence(RandomSubExperts(round(share_to_keep(budget) * 2 * neurons), neurons))
-    assert realised == pytest.approx(budget, abs=0.01)
+    kept = (budget - GATE_SHARE) / (1 - GATE_SHARE)
+    chance = divergence(RandomSubExperts(round(kept * 2 * neurons), neurons))
+    assert realised == pytest.approx(budget, abs=0.003)
     assert chosen < 0.7 * chance
 
 
@@ -118,12 +118,11 @@ def test_slices_then_neurons_runs_no_neuron_of_a_dropped_slice_and_spares_its_ga
 
 def test_slices_then_neurons_spends_its_budget() -> None:
     masked, sequences = MaskedModel(tiny_model("mixtral")), text([40] * 8)
-    gate_cost = 4 / 3 / masked.experts[0].down.shape[1]
-    method = slices_then_neurons(masked, sequences, slices(masked, sequences, 0.7 + gate_cost))
-    calibrate_threshold(masked, method, sequences, share_to_keep(0.5, 0.7, gate_cost), per_layer=True)
+    method = slices_then_neurons(masked, sequences, slices(masked, sequences, 0.7))
+    method = calibrate_thresholds(masked, sequences, method, 0.5, by_layer=True)
     masked.reset()
     masked.log_probabilities(sequences, method)
-    assert masked.realised == pytest.approx(0.5, abs=0.02)
+    assert masked.realised == pytest.approx(0.5, abs=0.003)
 
 
 @pytest.mark.parametrize("of_slices", [False, True])
@@ -153,5 +152,6 @@ def test_compensation_repairs_what_neurons_are_dropped_and_is_paid_for(of_slices
 
 
 def test_budget_below_the_gate_projections_cost_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"budget 0\.25 is below 0\.333"):
-        share_to_keep(0.25)
+    masked, sequences = MaskedModel(tiny_model("mixtral")), text([40] * 2)
+    with pytest.raises(ValueError, match=r"budget 0\.250 is below 0\.333, what choosing alone costs"):
+        calibrate_thresholds(masked, sequences, gate_first(masked, sequences), 0.25, by_layer=True)

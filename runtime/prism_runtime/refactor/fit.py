@@ -348,5 +348,5 @@ def _means_of_dropped(experts: Experts, rows: LayerRows, factor: Tensor, gate: G
 
 def _spread(sequences: Sequence[TokenSequence], most: int) -> Sequence[TokenSequence]:
     """At most so many sequences, taken evenly over the text so that every domain is in it."""
-    stride = -(-len(sequences) // most)
-    return sequences[::stride]
+    count = min(most, len(sequences))
+    return [sequences[place * len(sequences) // count] for place in range(count)]

@@ -104,20 +104,6 @@ class SlicesThenNeurons(GateFirst):
         return cells.repeat_interleave(slots.activations.shape[2] // cells.shape[2], dim=2), cost
 
 
-def share_to_keep(budget: float, surviving: float = 1.0, gate_cost: float = 0.0) -> float:
-    """Share of all neurons that may run at `budget` once the gate projection is paid.
-
-    surviving  share of the neurons whose gate projection runs
-    gate_cost  of choosing them, as a share of the routed neurons
-
-    Raises ValueError if the budget does not pay for that.
-    """
-    paid = GATE_SHARE * surviving + gate_cost
-    if budget <= paid:
-        raise ValueError(f"budget {budget} is below {paid:.3f}, what the gate projection alone costs")
-    return min((budget - paid) / (1 - GATE_SHARE), surviving)
-
-
 def _opening(experts: Experts, expert: int, x: Tensor) -> Tensor:
     """The gate's factor of each neuron's output, [R, C]: the output if the up projection gave one."""
     gate = x @ experts.gate[expert].t()

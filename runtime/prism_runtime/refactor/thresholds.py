@@ -59,18 +59,23 @@ def calibrate_thresholds(
     by_layer  every layer spends its budget, by a threshold of its own; else one threshold serves all layers, and layers
               whose errors matter more keep more
     rounds    sweeps over the text: the first finds the thresholds of the trajectory that the method comes with
+
+    Raises ValueError for a budget that choosing alone would exceed.
     """
     budgets = torch.as_tensor(budget)
     if not bool(((budgets > 0) & (budgets <= 1)).all()):
         raise ValueError(f"a budget is a share of the routed neurons in (0, 1]; found {budget}")
     layers = len(masked.experts)
-    for _ in range(rounds):
+    for sweep in range(rounds):
         scores, realised = _sweep(masked, sequences, method)
         error = budgets - realised
         farthest = error.abs().max() if by_layer else error.mean().abs()
         if error.mean().abs() < TOLERANCE and farthest < 4 * TOLERANCE and torch.isfinite(method.log_tau).all():
             break
         kept = torch.stack([_kept(*each) for each in zip(scores, method.log_tau, strict=True)])
+        choosing = float((realised - kept * method.price).mean())
+        if sweep == 0 and float(budgets.mean()) < choosing:
+            raise ValueError(f"budget {float(budgets.mean()):.3f} is below {choosing:.3f}, what choosing alone costs")
         wanted = kept + error / method.price
         share = wanted if by_layer else wanted.mean().expand(layers)
         method = method.at(_quantiles(scores, share.clamp(0, 1), by_layer))
