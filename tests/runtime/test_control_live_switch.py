@@ -17,7 +17,9 @@ from prism_runtime.engine.engine import Engine
 from prism_runtime.engine.governor import CLASS_SLOTS
 from prism_runtime.engine.pace import Pacer, load_profile
 from prism_runtime.engine.profiling import Limits, measure_profile
+from prism_runtime.engine.shipped_profile import FOLDER
 from prism_runtime.engine.types import StepReport, Token
+from prism_runtime.server.serve import profile_of
 from tests.runtime.serving.authority import SERVER_NAME, Authority
 from tests.runtime.serving.process import SERVICE_UID, Served, serving, until
 from tests.runtime.test_control_api import make_class, make_directive
@@ -189,6 +191,23 @@ def test_pace_prescribes_the_step_time_at_each_point(engine: RecordedEngine) -> 
     asyncio.run(scenario())
 
 
+def test_profile_that_the_artifact_brings_is_corrected_and_not_measured_again(tmp_path: Path) -> None:
+    engine = Engine.from_artifact(ARTIFACT, max_sequences=2, max_context_tokens=64, classes=CLASS_SLOTS)
+    before, limits = engine.plan, Limits(2, 64, 512, 128)
+    measured = profile_of(engine, tmp_path, limits, "cpu")
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "cpu.json").write_text(json.dumps(measured.to_wire()))
+    shipped = profile_of(engine, tmp_path, limits, "cpu")
+    assert shipped.provenance.startswith(f"{measured.provenance}; costs times ")
+    factors = [
+        shipped.points[name].step_seconds(2, 64, 0) / cost.step_seconds(2, 64, 0)
+        for name, cost in measured.points.items()
+    ]
+    assert max(factors) == pytest.approx(min(factors), rel=1e-3), "one factor for all"
+    assert engine.plan == before
+    assert not engine.has_work
+
+
 def test_profile_of_the_real_engine_prices_every_point_and_leaves_the_engine_idle() -> None:
     engine = Engine.from_artifact(ARTIFACT, max_sequences=2, max_context_tokens=64, classes=CLASS_SLOTS)
     before = engine.plan
@@ -216,9 +235,11 @@ def test_served_command_drains_real_streams_logs_json_without_user_text_and_writ
         )
         try:
             assert process.stderr is not None
-            lines = [json.loads(await asyncio.wait_for(process.stderr.readline(), 120))]
-            assert lines[0]["message"] == "serving", lines
-            url = f"http://127.0.0.1:{lines[0]['port']}/v1/completions"
+            line = {"message": "compiled code loaded"}
+            while line["message"] == "compiled code loaded":
+                line = json.loads(await asyncio.wait_for(process.stderr.readline(), 120))
+            assert line["message"] == "serving", line
+            url = f"http://127.0.0.1:{line['port']}/v1/completions"
             async with aiohttp.ClientSession() as http:
                 begun = [asyncio.Event() for _ in range(6)]
                 streams = [asyncio.create_task(read(http, url, event)) for event in begun]

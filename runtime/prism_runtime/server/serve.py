@@ -11,11 +11,14 @@ from pathlib import Path
 
 from prism_api.base import NAME_PATTERN
 from prism_api.manifest import MANIFEST_NAME
+from prism_api.profile import Profile
 from prism_runtime.engine.engine import Engine
 from prism_runtime.engine.governor import CLASS_SLOTS
+from prism_runtime.engine.loop import SteppingEngine
 from prism_runtime.engine.pace import PaceError, Pacer, load_profile
 from prism_runtime.engine.prefix_cache import BLOCK_TOKENS
-from prism_runtime.engine.profiling import Limits, measure_profile
+from prism_runtime.engine.profiling import Limits, measure_profile, probe
+from prism_runtime.engine.shipped_profile import corrected, read_shipped
 from prism_runtime.server import logs
 from prism_runtime.server.app import ServingProcess, read_eos_token_ids
 from prism_runtime.server.settings import ServeSettings
@@ -66,8 +69,7 @@ async def _serve(settings: ServeSettings, started_s: float) -> None:
     pacer = Pacer(pace, engine.ladder) if pace else None
     profile = pace
     if profile is None and not settings.no_profile:
-        profile = measure_profile(engine, kv_sized(limits), accelerator=settings.accelerator or "cpu")
-        log.info("profile measured", extra={"points": list(profile.points)})
+        profile = profile_of(engine, settings.artifact, kv_sized(limits), settings.accelerator or "cpu")
     if profile:
         engine.costs.take(profile)
     process = ServingProcess(
@@ -81,6 +83,18 @@ async def _serve(settings: ServeSettings, started_s: float) -> None:
         started_s=started_s,
     )
     await process.run()
+
+
+def profile_of(engine: SteppingEngine, artifact: Path, limits: Limits, accelerator: str) -> Profile:
+    """What the artifact brings for this accelerator, corrected by some steps, or else measured at every point."""
+    if shipped := read_shipped(artifact, accelerator, limits, engine.ladder):
+        profile = corrected(shipped, shipped.points[engine.ladder.names[-1]], probe(engine, limits))
+        if profile:
+            log.info("shipped profile corrected", extra={"provenance": profile.provenance})
+            return profile
+    profile = measure_profile(engine, limits, accelerator=accelerator)
+    log.info("profile measured", extra={"points": list(profile.points)})
+    return profile
 
 
 def print_profile(

@@ -135,10 +135,14 @@ def add_serve_flags(parser: argparse.ArgumentParser, default_socket: Path) -> No
     flags.add("--class-header", "request header that names the service class", default="x-prism-class")
     flags.add("--watchdog-seconds", "longest step before /health fails", default="30", type=_seconds)
 
-    flags.group("profile and pace", "Without a pace, step times are measured at start and published.")
+    flags.group(
+        "profile and pace",
+        "Without a pace, step times are the artifact's own for the accelerator (prism_profiles/NAME.json, from "
+        "'prism-runtime profile'), corrected by some steps, or measured at start; the report publishes them.",
+    )
     flags.add("--pace", "prescribe step times: a shipped profile's name ('demo') or a JSON file", metavar="PROFILE")
     flags.add("--pace-start-seconds", "not ready before this long after start", default="0", type=_seconds)
-    flags.add_switch("--no-profile", "do not measure a profile at start")
+    flags.add_switch("--no-profile", "publish no profile, and measure none at start")
     flags.add("--accelerator", "name that profile and report carry; default: the pace profile's, else 'cpu'")
 
     flags.group("pod", "Who this is; the operator sets these.")
