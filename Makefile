@@ -92,6 +92,10 @@ bench-engine: install ## Step time of the engine at every operating point on thi
 bench-runtime: install ## CPU times of a layer and of the engine beside transformers' own (ARGS=--layer: the layer alone)
 	$(BIN)/python -m evidence.runtime_bench $(ARGS)
 
+.PHONY: bench-gpu
+bench-gpu: install ## Time of an OLMoE layer on this machine's GPU at every budget, beside transformers' own
+	$(BIN)/python -m prism_runtime.kernels.gpu_bench $(ARGS)
+
 .PHONY: bench-refactor
 bench-refactor: install ## Time to partition a layer of OLMoE's shape on this CPU, and what it grows with
 	$(BIN)/python -m prism_runtime.refactor.bench $(ARGS)
@@ -103,6 +107,10 @@ bench-planner: install ## CPU time of one planner tick for 1,000 services (ARGS=
 .PHONY: evidence-slice
 evidence-slice: install ## Re-take every figure of evidence/slice.json (ARGS=--cold: from empty caches too)
 	$(BIN)/python -m evidence.slice $(ARGS)
+
+.PHONY: evidence-gpu
+evidence-gpu: install ## Re-take evidence/gpu.json; needs a GPU
+	$(BIN)/python -m prism_runtime.kernels.gpu_bench --json evidence/gpu.json
 
 .PHONY: evidence-refactor
 evidence-refactor: install ## Re-take every figure of evidence/refactor.json (ARGS=--smollm2: SmolLM2's too; ARGS=--ablation: what each ingredient is worth)

@@ -33,13 +33,13 @@ def test_compiled_programs_are_no_worse_than_the_table_that_they_are_held_to() -
     assert set(found) == set(held)
     assert list(aot.worse(found, held)) == []
     assert all(usage.spilled == 0 for rows in found.values() for usage in rows.values())
-    assert found["sm_90"]["up.slot.64"].mma == "wgmma"
-    assert found["sm_100"]["up.slot.64"].mma == "tcgen05"
+    assert found["sm_90"]["up.prefill"].mma == "wgmma"
+    assert found["sm_100"]["up.prefill"].mma == "tcgen05"
 
 
 def test_a_program_that_spills_or_fits_fewer_blocks_or_leaves_the_tensor_cores_is_named() -> None:
     held = aot.read(HELD)
-    target, name = "sm_80", "up.slot.64"
+    target, name = "sm_80", "up.prefill"
     was = held[target][name]
     for changed in (
         replace(was, spilled=96),

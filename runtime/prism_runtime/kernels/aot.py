@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from prism_runtime.kernels.activations import SILU
-from prism_runtime.kernels.triton_experts import sub_expert_down, sub_expert_up
-from prism_runtime.kernels.triton_moe import DECODE_ROWS, OPTIONS, PREFILL_ROWS
+from prism_runtime.kernels.triton_choice import choose_cells, compensation_inner
+from prism_runtime.kernels.triton_experts import combine, sub_expert_down, sub_expert_up
+from prism_runtime.kernels.triton_moe import DECODE, PREFILL, PREFILL_ATOMIC, Tiling
+from prism_runtime.kernels.triton_routing import place_slots
 
 INTEGER, BYTE = "*i32", "*i8"
 LAYER = {"K": 8, "N": 4, "H": 2048, "D": 256}
 """OLMoE's: 1,024 neurons an expert in four sub-experts."""
+EXPERTS = 64
 
 REGISTERS_OF_MULTIPROCESSOR, THREADS_OF_WARP = 65536, 32
 SHARED_OF_MULTIPROCESSOR = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -39,23 +42,87 @@ MMA = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sy
 GATED = (80, 90, 100)
 
 
-@dataclass(frozen=True, slots=True)
+RANK = 4
+"""Of the compensation."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Variant:
-    """One program as one kind of forward launches it."""
+    """One program as one kind of forward launches it.
 
-    program: str
-    rows: int
-    by_slot: bool
+    pointers    name and type of every tensor among its arguments
+    scalars     name and type of arguments that are numbers
+    """
 
-    @property
-    def name(self) -> str:
-        return f"{self.program}.{'slot' if self.by_slot else 'sub_expert'}.{self.rows}"
+    name: str
+    program: Any
+    pointers: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+    scalars: Mapping[str, str] = field(default_factory=dict)
 
 
-VARIANTS = tuple(
-    Variant(program, rows, by_slot)
-    for program in ("up", "down")
-    for rows, by_slot in ((DECODE_ROWS, True), (PREFILL_ROWS, True), (PREFILL_ROWS, False))
+def _products(phase: str, how: Tiling) -> Iterator[Variant]:
+    tables = dict.fromkeys(("slot", "block_of", "start", "end"), INTEGER) | {"keep": BYTE}
+    common = LAYER | {"BY_SLOT": how.by_slot, "UPCAST": False, "ROWS": how.rows}
+    yield Variant(
+        f"up.{phase}",
+        sub_expert_up,
+        dict.fromkeys(("hidden", "w1", "b1", "activated"), "*bf16") | tables,
+        common | {"BIAS": False, "ACTIVATION": SILU, "NEURONS": how.up.width, "DEPTH": how.up.depth},
+        how.up.options,
+    )
+    yield Variant(
+        f"down.{phase}",
+        sub_expert_down,
+        {"activated": "*bf16", "w2": "*bf16", "router_weights": "*fp32", "out": "*fp32"} | tables,
+        common | {"COLUMNS": how.down.width, "DEPTH": how.down.depth, "CELLS": LAYER["N"]},
+        how.down.options,
+    )
+
+
+def _others() -> Iterator[Variant]:
+    routing = {"expert_ids": "*i64", "router_weights": "*fp32", "keep": BYTE}
+    plan = dict.fromkeys(("row_class", "class_point", "mode", "count", "index", "ranks", "outputs"), INTEGER)
+    plan |= {"tau": "*fp32", "shift": "*fp32", "ran": "*i64", "routed": "*i64", "extra": "*fp64", "spent": "*fp64"}
+    fitted = ("residual_rms", "gate", "bias", "mean", "deviation", "token", "a", "c", "u", "inner")
+    pointers = {"hidden": "*bf16", "summed": "*fp32", "b2": "*bf16", "out": "*bf16"} | routing | plan
+    pointers |= dict.fromkeys(fitted, "*fp32") | dict.fromkeys(("slot", "expert", "start", "end"), INTEGER)
+    sizes = LAYER | {"E": EXPERTS, "SLOTS": 8, "CELLS": LAYER["N"], "RANK": RANK}
+    gated = dict.fromkeys(("GATED", "TOKEN", "ADAPTIVE", "PLANNED", "COMPENSATED", "BY_SLOT"), True)
+    yield Variant(
+        "choose",
+        choose_cells,
+        pointers,
+        sizes | gated | {"L": 16, "R": 1, "DEPTH": 2048},
+        SMALL | {"num_warps": 8},
+        {"layer": "i32", "kappa": "fp32"},
+    )
+    yield Variant(
+        "compensate", compensation_inner, pointers, sizes | {"R": RANK, "DEPTH": 2048}, SMALL | {"num_warps": 8}
+    )
+    yield Variant(
+        "place",
+        place_slots,
+        pointers,
+        sizes | {"S": 256, "ROWS": DECODE.rows, "DENSE": True, "HERE": 16, "STEP": 64},
+        SMALL,
+    )
+    yield Variant(
+        "combine",
+        combine,
+        pointers,
+        sizes | gated | {"R": RANK, "BIAS": True, "TILES": 1, "COUNTS": 8, "COLUMNS": 256},
+        SMALL,
+    )
+
+
+SMALL: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+VARIANTS = (
+    *_products("decode", DECODE),
+    *_products("prefill", PREFILL),
+    *_products("prefill_atomic", PREFILL_ATOMIC),
+    *_others(),
 )
 
 
@@ -79,14 +146,10 @@ class Usage:
 
 def compile_variant(variant: Variant, capability: int) -> Usage:
     """Compile for an NVIDIA GPU of this compute capability (80 for 8.0)."""
-    compiled = triton.compile(
-        _source(variant),
-        target=GPUTarget("cuda", capability, 32),
-        options=OPTIONS,
-    )
+    compiled = triton.compile(_source(variant), target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
     registers, spilled = _resources(compiled.asm["cubin"])
     shared = int(compiled.metadata.shared)
-    by_registers = REGISTERS_OF_MULTIPROCESSOR // (registers * THREADS_OF_WARP * OPTIONS["num_warps"])
+    by_registers = REGISTERS_OF_MULTIPROCESSOR // (registers * THREADS_OF_WARP * variant.options["num_warps"])
     by_shared = SHARED_OF_MULTIPROCESSOR[capability] // max(shared, 1)
     mma = next((name for text, name in MMA.items() if text in compiled.asm["ptx"]), "none")
     return Usage(registers, spilled, shared, min(by_registers, by_shared), mma)
@@ -95,25 +158,20 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
 def compiles_for_amd(variant: Variant, architecture: str = "gfx942") -> bool:
     """Whether the program compiles for an AMD GPU; nothing more is known without the vendor's tools."""
     compiled = triton.compile(
-        _source(variant), target=GPUTarget("hip", architecture, 64), options=OPTIONS | {"num_stages": 2}
+        _source(variant),
+        target=GPUTarget("hip", architecture, 64),
+        options={**variant.options, "num_stages": 2},
     )
     return "hsaco" in compiled.asm
 
 
 def _source(variant: Variant) -> Any:
-    common = LAYER | {"BY_SLOT": variant.by_slot, "UPCAST": False, "ROWS": variant.rows, "DEPTH": 64}
-    tables = dict.fromkeys(("slot", "block_of", "start", "end", "live"), INTEGER) | {"needed": BYTE}
-    if variant.program == "up":
-        program = sub_expert_up
-        pointers = dict.fromkeys(("hidden", "w1", "b1", "activated"), "*bf16") | {"keep": BYTE} | tables
-        constants = common | {"BIAS": False, "ACTIVATION": SILU, "NEURONS": 64}
-    else:
-        program = sub_expert_down
-        pointers = {"activated": "*bf16", "w2": "*bf16", "router_weights": "*fp32", "out": "*fp32"} | tables
-        constants = common | {"COLUMNS": 64}
-    signature = {name: pointers.get(name, "constexpr") for name in program.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(program.arg_names) if name in pointers}
-    return ASTSource(fn=program, signature=signature, constexprs=constants, attrs=aligned)
+    names = variant.program.arg_names
+    pointers = {name: variant.pointers[name] for name in names if name in variant.pointers}
+    signature = {name: pointers.get(name, variant.scalars.get(name, "constexpr")) for name in names}
+    constants = {name: variant.constants[name] for name in names if signature[name] == "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers}
+    return ASTSource(fn=variant.program, signature=signature, constexprs=constants, attrs=aligned)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -68,9 +68,12 @@ class CompensationWeights:
     c: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class GatedLayer:
-    """What threshold and batch points need of one layer beside its experts; compensation by ladder index."""
+    """What threshold and batch points need of one layer beside its experts; compensation by ladder index.
+
+    Known by identity, so that a kernel can keep what it derives from one.
+    """
 
     gate: GateWeights
     compensation: Mapping[int, CompensationWeights]

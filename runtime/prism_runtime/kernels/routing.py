@@ -1,7 +1,7 @@
 """From "which sub-experts run for which token" to tables that a grid of programs reads, on the device.
 
 Shapes depend on T, K, N and E alone, and nothing waits for the device: a captured CUDA graph stays valid while budgets
-change. A grid is launched at its upper bound, and programs beyond `live` end at once.
+change. A grid is launched at its upper bound, and programs of empty blocks, start = end, end at once.
 
 Two orders of the same work:
 
@@ -26,16 +26,12 @@ class SlotBlocks:
     expert  [B]     int32
     start   [B]     int32  first row of the block; rows are positions in `slot`
     end     [B]     int32
-    needed  [B, N]  int8   whether any row of the block runs the sub-expert
-    live    [1]     int32  blocks that have work
     """
 
     slot: Tensor
     expert: Tensor
     start: Tensor
     end: Tensor
-    needed: Tensor
-    live: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +40,13 @@ class SubExpertBlocks:
 
     slot    [R]  int32  index into the flattened [T, K] of each row, in the order of the blocks
     sub     [B]  int32  sub-expert of the block, counted over all experts
-    start, end, live    as in SlotBlocks
+    start, end    as in SlotBlocks
     """
 
     slot: Tensor
     sub: Tensor
     start: Tensor
     end: Tensor
-    live: Tensor
 
 
 def slot_blocks(expert_ids: Tensor, keep: Tensor, experts: int, rows: int) -> SlotBlocks:
@@ -65,14 +60,8 @@ def slot_blocks(expert_ids: Tensor, keep: Tensor, experts: int, rows: int) -> Sl
     running = keep.sum(1)
     expert = torch.where((expert_ids.reshape(-1) < experts) & (running > 0), expert_ids.reshape(-1), experts)
     order = torch.argsort(expert * (sub_experts + 1) + sub_experts - running, stable=True)
-    block_of, start, end, live = _blocks(expert, experts, rows, slots)
-    position = torch.arange(slots, device=keep.device)
-    row_block = torch.searchsorted(start, position, right=True) - 1
-    worked = (row_block >= 0) & (position < end[row_block.clamp(min=0)])
-    row_block = torch.where(worked, row_block, len(block_of))  # rows without work: one block more
-    needed = torch.zeros(len(block_of) + 1, sub_experts, dtype=torch.int8, device=keep.device)
-    needed.scatter_reduce_(0, row_block[:, None].expand(-1, sub_experts), keep[order].to(torch.int8), "amax")
-    return SlotBlocks(order.int(), block_of.int(), start.int(), end.int(), needed[:-1].contiguous(), live.int())
+    block_of, start, end = _blocks(expert, experts, rows, slots)
+    return SlotBlocks(order.int(), block_of.int(), start.int(), end.int())
 
 
 def sub_expert_blocks(expert_ids: Tensor, keep: Tensor, experts: int, rows: int) -> SubExpertBlocks:
@@ -83,12 +72,12 @@ def sub_expert_blocks(expert_ids: Tensor, keep: Tensor, experts: int, rows: int)
     runs = keep & (expert_ids < experts)[..., None]
     sub = torch.where(runs, expert_ids[..., None] * sub_experts + within, groups).reshape(-1)
     order = torch.argsort(sub, stable=True)
-    block_of, start, end, live = _blocks(sub, groups, rows, total)
-    return SubExpertBlocks((order // sub_experts).int(), block_of.int(), start.int(), end.int(), live.int())
+    block_of, start, end = _blocks(sub, groups, rows, total)
+    return SubExpertBlocks((order // sub_experts).int(), block_of.int(), start.int(), end.int())
 
 
-def _blocks(group: Tensor, groups: int, rows: int, total: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(group, start, end of every block, number of blocks with work) for rows sorted by `group`.
+def _blocks(group: Tensor, groups: int, rows: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(group, start, end of every block) for rows sorted by `group`.
 
     Rows of group `groups` have no work. The tables are as long as the most blocks there can be; those beyond the live
     ones are empty and lie behind all rows.
@@ -105,4 +94,4 @@ def _blocks(group: Tensor, groups: int, rows: int, total: int) -> tuple[Tensor, 
     block_of = block_of.clamp(max=groups - 1)
     start = offset[block_of] + (block - (upto - blocks)[block_of]) * rows
     end = torch.minimum(start + rows, (offset + count)[block_of])
-    return block_of, torch.where(live, start, total), torch.where(live, end, total), upto[-1:]
+    return block_of, torch.where(live, start, total), torch.where(live, end, total)

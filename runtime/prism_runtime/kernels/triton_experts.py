@@ -1,4 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: SIM102 - an if of a compile-time constant decides whether the one inside is compiled at all
 """The Triton programs of a sub-expert layer: SwiGLU up, and down with the router's weight.
 
 Both walk the block tables of `routing`. Weights are `ExpertWeights`: w1 [E, N, 2d, H], w2 [E, N, d, H], so one
@@ -23,8 +24,6 @@ def sub_expert_up(
     block_of,  # [B] int32: expert of a block by slot, sub-expert by sub-expert
     start,  # [B] int32
     end,  # [B] int32
-    needed,  # [B, N] int8 by slot; not read by sub-expert
-    live,  # [1] int32
     K: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
@@ -39,19 +38,20 @@ def sub_expert_up(
 ):
     """One tile [ROWS, NEURONS] of one sub-expert's activations. Grid: (blocks, tiles of d, N or 1)."""
     block, tile, within = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if block >= tl.load(live):
+    first, last = tl.load(start + block), tl.load(end + block)
+    if first >= last:
         return
+    rows = first + tl.arange(0, ROWS)
+    inside = rows < last
+    slots = tl.load(slot + rows, mask=inside, other=0)
+    sub = tl.load(block_of + block).to(tl.int64)
     if BY_SLOT:
-        if tl.load(needed + block * N + within) == 0:
+        kept = tl.load(keep + slots * N + within, mask=inside, other=0)
+        if tl.max(kept.to(tl.int32)) == 0:
             return
-        sub = tl.load(block_of + block).to(tl.int64) * N + within
-    else:
-        sub = tl.load(block_of + block).to(tl.int64)
-    rows = tl.load(start + block) + tl.arange(0, ROWS)
-    inside = rows < tl.load(end + block)
+        sub = sub * N + within
     neurons = tile * NEURONS + tl.arange(0, NEURONS)
     real = neurons < D
-    slots = tl.load(slot + rows, mask=inside, other=0)
     tokens = (slots // K).to(tl.int64)
     weights = w1 + sub * (2 * D * H)
     gate = tl.zeros((ROWS, NEURONS), tl.float32)
@@ -78,7 +78,6 @@ def sub_expert_up(
         value = (up + 1.0) * gate * tl.sigmoid(gate * CLAMP_ALPHA)
     out = rows.to(tl.int64)
     if BY_SLOT:
-        kept = tl.load(keep + slots * N + within, mask=inside, other=0)
         value = tl.where(kept[:, None] != 0, value, 0.0)
         out = out * N + within
     target = activated + out[:, None] * D + neurons[None, :]
@@ -90,13 +89,12 @@ def sub_expert_down(
     activated,  # as sub_expert_up wrote it
     w2,  # [E, N, d, H]
     router_weights,  # [S] float32
-    out,  # by slot: [S, H] float32, one row a slot; by sub-expert: [T, H] float32, added to
+    keep,  # [S, N] int8 by slot; not read by sub-expert
+    out,  # by slot: [S, H] float32, one row a slot that runs; by sub-expert: [T, H] float32, added to
     slot,
     block_of,
     start,
     end,
-    needed,
-    live,
     K: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
@@ -106,6 +104,7 @@ def sub_expert_down(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    CELLS: tl.constexpr,  # N rounded up to a power of two
 ):
     """One tile [ROWS, COLUMNS] of the output. Grid: (blocks, tiles of H).
 
@@ -113,24 +112,41 @@ def sub_expert_down(
     sub-expert their rows meet in `out` by atomic adds, in any order.
     """
     block, tile = tl.program_id(0), tl.program_id(1)
-    if block >= tl.load(live):
+    first, last = tl.load(start + block), tl.load(end + block)
+    if first >= last:
         return
-    rows = tl.load(start + block) + tl.arange(0, ROWS)
-    inside = rows < tl.load(end + block)
+    rows = first + tl.arange(0, ROWS)
+    inside = rows < last
+    slots = tl.load(slot + rows, mask=inside, other=0)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     real = columns < H
-    slots = tl.load(slot + rows, mask=inside, other=0)
-    first = tl.load(block_of + block).to(tl.int64)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    base = tl.load(block_of + block).to(tl.int64)
+    # The sub-experts that any row runs, as bits: one loop over their neurons, which the compiler can pipeline.
+    pending, sub_experts = tl.full((), 1, tl.int64), 1
     if BY_SLOT:
-        for within in range(N):
-            if tl.load(needed + block * N + within) != 0:
-                total = _down_one(
-                    total, activated, w2, rows.to(tl.int64) * N + within, first * N + within, inside, columns, real,
-                    H, D, UPCAST, DEPTH,
-                )  # fmt: skip
-    else:
-        total = _down_one(total, activated, w2, rows.to(tl.int64), first, inside, columns, real, H, D, UPCAST, DEPTH)
+        cells = tl.arange(0, CELLS)
+        mask = inside[:, None] & (cells < N)[None, :]
+        kept = tl.max(tl.load(keep + slots[:, None] * N + cells[None, :], mask=mask, other=0).to(tl.int32), 0)
+        sub_experts = tl.sum(kept)
+        pending = tl.sum(kept.to(tl.int64) << cells.to(tl.int64))
+        base = base * N
+    STEPS: tl.constexpr = (D + DEPTH - 1) // DEPTH
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(sub_experts * STEPS):
+        within = 0
+        record = rows.to(tl.int64)
+        if BY_SLOT:
+            within = _lowest_bit(pending)
+            record = record * N + within
+            pending = tl.where(step % STEPS == STEPS - 1, pending & (pending - 1), pending)
+        depth = (step % STEPS) * DEPTH + tl.arange(0, DEPTH)
+        deep = depth < D
+        a = tl.load(activated + record[:, None] * D + depth[None, :], mask=inside[:, None] & deep[None, :], other=0.0)
+        at = w2 + ((base + within) * D + depth)[:, None] * H + columns[None, :]
+        w = tl.load(at, mask=deep[:, None] & real[None, :], other=0.0)
+        if UPCAST:
+            a, w = a.to(tl.float32), w.to(tl.float32)
+        total = tl.dot(a, w, total, input_precision="ieee")
     total *= tl.load(router_weights + slots, mask=inside, other=0.0)[:, None]
     mask = inside[:, None] & real[None, :]
     if BY_SLOT:
@@ -141,29 +157,111 @@ def sub_expert_down(
 
 
 @triton.jit
-def _down_one(
-    total,
-    activated,
-    w2,
-    records,  # [ROWS] int64: which row of `activated`, in units of d
-    sub,
-    inside,
-    columns,
-    real,
+def _lowest_bit(bits):
+    """Index of the lowest set bit: the exponent of a power of two is exact in float32."""
+    power = (bits & -bits).to(tl.float32)
+    return ((power.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+
+
+@triton.jit
+def combine(
+    summed,  # as sub_expert_down wrote it
+    expert_ids,  # [T, K] int64
+    router_weights,  # [T, K] float32
+    keep,  # [T, K, N] int8
+    b2,  # [E, H]; not read without BIAS
+    row_class,  # [T] int32; this and the rest but `out` are not read without PLANNED
+    class_point,  # [classes] int32
+    mode,  # [P] int32
+    outputs,  # [T, K, TILES] int32: gate outputs evaluated; not read without GATED
+    index,  # [P] int32: which compensation a point has, -1 for none; this and the next not without COMPENSATED
+    ranks,  # [C] int32: what is charged; r is the largest of them
+    inner,  # [T, r] float32
+    u,  # [C, r, H] float32
+    ran,  # [] int64, added to, as the next
+    routed,  # [] int64
+    extra,  # [] float64
+    spent,  # [P, 2] float64
+    out,  # out: [T, H]
+    K: tl.constexpr,
+    N: tl.constexpr,
+    E: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
-    UPCAST: tl.constexpr,
-    DEPTH: tl.constexpr,
+    R: tl.constexpr,
+    TILES: tl.constexpr,
+    BY_SLOT: tl.constexpr,
+    BIAS: tl.constexpr,
+    PLANNED: tl.constexpr,
+    GATED: tl.constexpr,
+    TOKEN: tl.constexpr,
+    COMPENSATED: tl.constexpr,
+    SLOTS: tl.constexpr,  # K, N, R and K TILES rounded up to powers of two
+    CELLS: tl.constexpr,
+    RANK: tl.constexpr,
+    COUNTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """`total` plus one sub-expert's part of the tile."""
-    for begin in range(0, D, DEPTH):
-        depth = begin + tl.arange(0, DEPTH)
-        deep = depth < D
-        a = tl.load(activated + records[:, None] * D + depth[None, :], mask=inside[:, None] & deep[None, :], other=0.0)
-        w = tl.load(
-            w2 + (sub * D + depth)[:, None] * H + columns[None, :], mask=deep[:, None] & real[None, :], other=0.0
-        )
-        if UPCAST:
-            a, w = a.to(tl.float32), w.to(tl.float32)
-        total = tl.dot(a, w, total, input_precision="ieee")
-    return total
+    """One tile of one row: the sum over its slots, biases and compensation. Grid: (T, tiles of H).
+
+    The first tile of a row charges the plan with all that the row ran and cost.
+    """
+    row, tile = tl.program_id(0), tl.program_id(1)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    real = columns < H
+    point, gated, which = 0, 0, tl.full((), -1, tl.int64)
+    if PLANNED:
+        own_class = tl.load(row_class + row)
+        point = tl.load(class_point + tl.maximum(own_class, 0))
+        if GATED:
+            gated = tl.where((own_class >= 0) & (tl.load(mode + point) != 0), 1, 0)
+            if COMPENSATED:
+                which = tl.where(gated > 0, tl.load(index + point), -1).to(tl.int64)
+    place, cells = tl.arange(0, SLOTS), tl.arange(0, CELLS)
+    slot = (row * K + place).to(tl.int64)
+    known = place < K
+    expert = tl.load(expert_ids + slot, mask=known, other=E)
+    at = keep + slot[:, None] * N + cells[None, :]
+    kept = tl.load(at, mask=known[:, None] & (cells < N)[None, :], other=0).to(tl.int32)
+    ours = known & (expert < E)
+    runs = ours & (tl.max(kept, 1) > 0)
+    if BY_SLOT:
+        of_slot = summed + slot[:, None] * H + columns[None, :]
+        total = tl.sum(tl.load(of_slot, mask=runs[:, None] & real[None, :], other=0.0), 0)
+    else:
+        total = tl.load(summed + row.to(tl.int64) * H + columns, mask=real, other=0.0)
+    if BIAS:
+        # Rows at gated points get the biases of all their experts: the points were fitted with them.
+        adds = runs | (ours & (place < gated * K))
+        weight = tl.load(router_weights + slot, mask=adds, other=0.0)
+        of_expert = b2 + expert[:, None] * H + columns[None, :]
+        bias = tl.load(of_expert, mask=adds[:, None] & real[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(weight[:, None] * bias, 0)
+    if COMPENSATED:
+        if which >= 0:
+            rank = tl.arange(0, RANK)
+            factor = tl.load(inner + row * R + rank, mask=rank < R, other=0.0)
+            of_rank = u + (which * R + rank)[:, None] * H + columns[None, :]
+            total += tl.sum(factor[:, None] * tl.load(of_rank, mask=(rank < R)[:, None] & real[None, :], other=0.0), 0)
+    tl.store(out + row.to(tl.int64) * H + columns, total.to(out.dtype.element_ty), mask=real)
+    if PLANNED:
+        if (tile == 0) & (tl.load(row_class + row) >= 0):
+            cells_run = tl.sum(tl.sum(kept, 1))
+            cells_routed = tl.sum(ours.to(tl.int32)) * N
+            tl.atomic_add(ran, cells_run.to(tl.int64), sem="relaxed")
+            tl.atomic_add(routed, cells_routed.to(tl.int64), sem="relaxed")
+            if GATED:
+                if gated > 0:
+                    counts = tl.arange(0, COUNTS)
+                    cost = tl.sum(tl.load(outputs + row * K * TILES + counts, mask=counts < K * TILES, other=0))
+                    cost = cost.to(tl.float64)
+                    if TOKEN:
+                        cost += 1.0
+                    if COMPENSATED:
+                        if which >= 0:
+                            dropped = (cells_routed - cells_run).to(tl.float64)
+                            cost += tl.load(ranks + which).to(tl.float64) * (2.0 + dropped / H)
+                    cost /= 3 * D
+                    tl.atomic_add(extra, cost, sem="relaxed")
+                    tl.atomic_add(spent + 2 * point, cells_run.to(tl.float64) + cost, sem="relaxed")
+                    tl.atomic_add(spent + 2 * point + 1, cells_routed.to(tl.float64), sem="relaxed")
