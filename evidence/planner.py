@@ -41,8 +41,8 @@ COMMAND = "python -m evidence.planner"
 NEVER_TAKEN = "not taken yet; run: make evidence-planner"
 RAMP_SEEDS, PARETO_SEEDS, TICK_SEEDS = tuple(range(10)), tuple(range(5)), (42,)
 SPEED_UPS = (1.2, 1.5, 2.0)
-HEADROOM, DEFAULT_HEADROOM = "0.40", "0.10"
-"""Prism's on the ramp: with 0.40 it uses about what the law uses, so that the two compare at equal cost."""
+FIXED_HEADROOM = "0.10"
+"""What `scaling.headroom` is at least where it is not set, alone: to tell what is gained by learning more."""
 TRACE_SPEED_UP = 1.5
 """H of the knob on the traces."""
 
@@ -63,6 +63,8 @@ class Episode:
     start_p90_s: float = 130.0
 
 
+WINDOW_SHARE = 1 / 6
+"""Of each ten minutes of a rate trace 100 s are played: a day takes four hours, its changes are six times faster."""
 EPISODES = (
     Episode(
         "azure2023_code", "l4-olmoe", 2000, 150, 2, 12, 4, Reading("default", factor=2, longest_prompt=3500), 60, 80
@@ -70,14 +72,35 @@ EPISODES = (
     Episode("azure2023_conv", "l4-olmoe", 2000, 150, 2, 12, 5, Reading("default", longest_prompt=3500), 60, 80),
     Episode("mooncake_synthetic", "h100x2-qwen3-32b", 10000, 300, 2, 12, 5, Reading("default")),
     Episode(
-        "servegen_m-small", "l4-olmoe", 1000, 150, 1, 12, 2, Reading("default", 0, 60000, 5400, factor=0.015), 60, 80
+        "servegen_m-small",
+        "l4-olmoe",
+        1000,
+        150,
+        1,
+        12,
+        2,
+        Reading("default", factor=0.03, window_share=WINDOW_SHARE),
+        60,
+        80,
     ),
-    Episode("servegen_m-mid", "l4-olmoe", 1000, 150, 1, 12, 3, Reading("default", 0, 0, 5400, factor=0.005), 60, 80),
+    Episode(
+        "servegen_m-mid",
+        "l4-olmoe",
+        1000,
+        150,
+        1,
+        12,
+        3,
+        Reading("default", factor=0.01, longest_prompt=3500, window_share=WINDOW_SHARE),
+        60,
+        80,
+    ),
 )
 """Each rate is thinned or doubled so that a handful of replicas holds the mean; `initial` replicas are ready."""
 
 
-def ramp_policy(headroom: str = DEFAULT_HEADROOM) -> ServicePolicy:
+def ramp_policy(headroom: str | None = None) -> ServicePolicy:
+    """Of the benchmark's service; everything is the default unless a headroom is set."""
     scaling = {"minReplicas": ramp.LEAST, "maxReplicas": ramp.MOST, "headroom": headroom}
     resolved = resolve(ramp.service(scaling=scaling), ramp.model(), LoopSettings())
     assert isinstance(resolved, ServicePolicy), str(resolved)
@@ -85,7 +108,7 @@ def ramp_policy(headroom: str = DEFAULT_HEADROOM) -> ServicePolicy:
 
 
 @cache
-def ramp_run(speed_up: float, law: bool, seed: int, headroom: str = HEADROOM) -> Score:
+def ramp_run(speed_up: float, law: bool, seed: int, headroom: str | None = None) -> Score:
     """One episode of llm-d's ramp, under its law or under Prism with a knob of `speed_up`."""
     policy = ramp_policy(headroom)
     controller: Controller = Prism(policy)
@@ -185,7 +208,7 @@ def _law(value: Callable[[Score], float]) -> Callable[[], Sequence[float | None]
 
 
 def _prism(
-    value: Callable[[Score], float | None], speed_up: float = SPEED_UPS[0], headroom: str = HEADROOM
+    value: Callable[[Score], float | None], speed_up: float = SPEED_UPS[0], headroom: str | None = None
 ) -> Callable[[], Sequence[float | None]]:
     return lambda: [value(ramp_run(speed_up, False, seed, headroom)) for seed in RAMP_SEEDS]
 
@@ -233,16 +256,14 @@ COLLECTORS = {
     "llmd.law.replicas": Collector("replicas", RAMP_HOW, _law(lambda one: one.mean_replicas), RAMP_SEEDS),
 }
 for _prefix, _speed_up, _headroom in (
-    ("llmd.prism", SPEED_UPS[0], HEADROOM),
-    *((f"llmd.prism.h{_h:g}", _h, HEADROOM) for _h in SPEED_UPS[1:]),
-    *((f"llmd.prism.h{_h:g}.default_headroom", _h, DEFAULT_HEADROOM) for _h in SPEED_UPS),
+    ("llmd.prism", SPEED_UPS[0], None),
+    *((f"llmd.prism.h{_h:g}", _h, None) for _h in SPEED_UPS[1:]),
+    *((f"llmd.prism.h{_h:g}.fixed_headroom", _h, FIXED_HEADROOM) for _h in SPEED_UPS),
 ):
+    _set = "every setting at its default" if _headroom is None else f"scaling.headroom {_headroom}, nothing learned"
     for _name, _unit, _value in MEASURES:
         COLLECTORS[f"{_prefix}.{_name}"] = Collector(
-            _unit,
-            f"{RAMP_HOW}, H = {_speed_up:g}, scaling.headroom {_headroom}",
-            _prism(_value, _speed_up, _headroom),
-            RAMP_SEEDS,
+            _unit, f"{RAMP_HOW}, H = {_speed_up:g}, {_set}", _prism(_value, _speed_up, _headroom), RAMP_SEEDS
         )
 PARETO_HOW = f"{COMMAND}: {len(EPISODES)} traces, {len(BASELINES)} baselines; every cell in {CELLS.name}"
 COLLECTORS |= {

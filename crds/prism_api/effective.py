@@ -14,6 +14,8 @@ class EffectiveSettings:
     bridge_scale_up: bool
     max_step: int
     headroom: float
+    headroom_learned: bool
+    """The headroom is only the least: what load has exceeded expectations by is kept as well."""
     stabilization_up_s: int
     stabilization_down_s: int
     reserve: Reserve = Reserve.MIXED
@@ -36,6 +38,7 @@ def effective(spec: PrismServiceSpec) -> EffectiveSettings:
         bridge_scale_up=(budget.bridge_scale_up or Switch.ENABLED) is Switch.ENABLED,
         max_step=chosen(scaling.max_step, 4),
         headroom=float(Decimal("0.10") if scaling.headroom is None else scaling.headroom),
+        headroom_learned=scaling.headroom is None,
         stabilization_up_s=chosen(scaling.behavior.scale_up.stabilization_window_seconds, 30),
         stabilization_down_s=chosen(scaling.behavior.scale_down.stabilization_window_seconds, 300),
         reserve=scaling.reserve,

@@ -289,7 +289,9 @@ class Scaling(Document):
         None, description="Most replicas that one decision adds or removes; 4 if not set."
     )
     headroom: Headroom | None = Field(
-        None, description="Share of capacity kept above the planned demand, a decimal up to 2; `0.10` if not set."
+        None,
+        description="Share of capacity kept above the planned demand, a decimal up to 2. If not set, it is learned: "
+        "`0.10`, or as much as the load lately exceeded what was expected of it before new replicas could be ready.",
     )
     reserve: Reserve = Field(
         Reserve.MIXED,

@@ -53,6 +53,17 @@ def test_eight_replicas_meet_every_objective_as_published() -> None:
     assert episode(Static(ramp.MOST), 0).attainment > 0.999
 
 
+def test_prism_holds_the_objectives_with_a_small_knob_and_gives_up_little_quality_for_it() -> None:
+    """At every default, with points that are at most 1.2 times as fast as `full`."""
+    for seed in SEEDS[:2]:
+        ours = episode(Prism(policy()), seed, 1.2)
+        assert ours.attainment >= 0.98
+        assert ours.mean_replicas <= ramp.PUBLISHED_REPLICAS
+        assert ours.relative_quality is not None
+        assert ours.relative_quality >= 0.985
+        assert ours.floor_violations == 0
+
+
 @pytest.mark.parametrize("speed_up", [1.5, 2.0])
 def test_prism_attains_more_than_the_law_with_no_more_replicas(law: list[Score], speed_up: float) -> None:
     ours = episode(Prism(policy()), 0, speed_up)

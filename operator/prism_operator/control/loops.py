@@ -76,7 +76,7 @@ class ServiceLoop:
     def __init__(self, service: ServiceWorld, ports: Ports, clock: Callable[[], float]) -> None:
         self.service, self._ports, self._clock = service, ports, clock
         self._regarding = Regarding(*service.key, service.uid)
-        self._slow_due_s = float("-inf")
+        self._decided_s = float("-inf")
         self._asked = (service.generation, service.woken_unix_s)
         self._last_tick_s: float | None = None
 
@@ -84,7 +84,7 @@ class ServiceLoop:
         asked = (self.service.generation, self.service.woken_unix_s)
         if asked != self._asked:
             self._asked = asked
-            self._slow_due_s = float("-inf")
+            self._decided_s = float("-inf")
 
     async def run(self) -> None:
         """Tick until cancelled. A tick that fails is logged and does not end the loop: the envelopes need renewal."""
@@ -95,7 +95,7 @@ class ServiceLoop:
             period_s = policy.loop.fast_period_s if policy else 1.0
             try:
                 await self.fast_tick()
-                if self._clock() >= self._slow_due_s:
+                if self._slow_is_due():
                     self.slow_tick()
             except Exception:
                 logger.exception("tick of %s/%s failed", *self.service.key)
@@ -135,12 +135,18 @@ class ServiceLoop:
         if not (ports.leadership.may_act() and ports.tenants.fresh(service.key[0])):
             return
         started_s = self._clock()
-        self._slow_due_s = started_s + policy.loop.slow_period_s
+        self._decided_s = started_s
         policy = replace(policy, granted_replicas=service.granted_replicas)
         plan, service.replicas = replicas.decide(observation, service.demand, policy, service.replicas)
         service.replica_plan = plan
         self._order(plan, observation.ordered_replicas)
         metrics.TICK_DURATION.labels("slow").observe(self._clock() - started_s)
+
+    def _slow_is_due(self) -> bool:
+        policy, plan, since_s = self.service.usable(), self.service.budget_plan, self._clock() - self._decided_s
+        if policy is None:
+            return False
+        return since_s >= policy.loop.slow_period_s or (plan is not None and replicas.urgent(plan, policy, since_s))
 
     def _order(self, plan: ReplicaPlan, ordered: int) -> None:
         service, (namespace, name) = self.service, self.service.key

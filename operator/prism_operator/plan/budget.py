@@ -2,12 +2,14 @@
 
 Down, all steps at once:
     if offered load does not fit ready capacity at the current points, take the highest points at which it does;
-    if latency says saturated (above `high`) although it fits, take one step.
+    if latency says saturated (above `high`) although it fits, take one step. Nothing but missed objectives asks for the
+    next while the window of latencies holds some from before it, nor for any in the minute after a pod became ready.
 Up, one step after a dwell:
     if saturation is below `low`, is predicted to stay below `high` at the point above, and load would fit there: with a
     margin throughout the dwell, or without one throughout the slow loop's down window. Without the second, a load that
     just fits what was ordered for it would keep quality down for good; with a shorter window, noise would flap. A step
-    up that one step down takes back within a minute was one too early: the next waits for twice the dwell, up to eight.
+    up that one step down takes back within a minute was one too early: the next waits for twice the dwell, up to eight;
+    one that was not halves it.
 
 Which class sinks and rises first is `plan.brownout`'s matter. Floors are absolute, and may be lifted for a time: see
 `plan.floors`. When every class is at its floor and load still does not fit, classes that allow it are shed, lowest
@@ -21,6 +23,7 @@ Only ready pods count, so a scale-up is bridged, a lost pod is covered and a rol
 differ in the reason given.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -157,7 +160,7 @@ def _advised(
 ) -> tuple[BudgetPlan, BudgetState]:
     """Every class at `full`, and what the load at this moment would have them do: without memory, for nothing moves."""
     tops = dict.fromkeys(state.classes, policy.max_point)
-    why_down = _why_down(policy, pressure, tops)
+    why_down = _why_down(policy, pressure, tops, math.inf)
     advised = tops if why_down is None else _lowered(policy, pressure, tops)
     verdicts = {}
     for name, point in advised.items():
@@ -178,9 +181,9 @@ def _steer(
 ) -> tuple[BudgetPlan, BudgetState]:
     before = {name: remembered.point for name, remembered in state.classes.items()}
     cause = _cause(observation, policy, state, pressure, before)
-    why_down = _why_down(policy, pressure, before)
-    moved_s = max(remembered.moved_s for remembered in state.classes.values())
-    dwelt = observation.now_s - moved_s >= policy.effective.dwell_down_ms / 1000
+    since_move_s = observation.now_s - max(remembered.moved_s for remembered in state.classes.values())
+    why_down = _why_down(policy, pressure, before, since_move_s)
+    dwelt = since_move_s >= policy.effective.dwell_down_ms / 1000
     bridgeable = policy.effective.bridge_scale_up or pressure.ordered <= pressure.ready
     if why_down is not None and dwelt and bridgeable:
         after = _lowered(policy, pressure, before)
@@ -241,7 +244,7 @@ def _cause(
     return Reason.BROWNOUT
 
 
-def _why_down(policy: ServicePolicy, pressure: Pressure, points: Points) -> str | None:
+def _why_down(policy: ServicePolicy, pressure: Pressure, points: Points, since_move_s: float) -> str | None:
     """The sentence that demands a lower budget, or None."""
     loop = policy.loop
     fits = pressure.fits(points, loop.rate_margin)
@@ -249,10 +252,12 @@ def _why_down(policy: ServicePolicy, pressure: Pressure, points: Points) -> str 
         return f"offered {offered(pressure)} exceeds {pressure.ready} ready pods at {listed(points)}"
     if fits is None and pressure.backlog > pressure.ready:
         return f"{pressure.backlog} requests wait on {pressure.ready} ready pods, and capacity is not known"
-    hot = {name: s for name, s in pressure.saturation.items() if s is not None and s > loop.high}
+    telling = since_move_s > loop.short_window_s and pressure.mixed_s > loop.long_window_s
+    high = loop.high if telling or fits is None else 1.0
+    hot = {name: s for name, s in pressure.saturation.items() if s is not None and s > high}
     if hot:
         name = max(hot, key=lambda key: hot[key])
-        return f"saturation of '{name}' {hot[name]:.2f} > {loop.high:.2f}"
+        return f"saturation of '{name}' {hot[name]:.2f} > {high:.2f}"
     return None
 
 
@@ -334,11 +339,13 @@ def _raised(
             text = f"{calm(pressure, name)}; '{upper}' in {dwell_s - calm_s:.0f} s if this lasts"
             verdicts[name] = Verdict(point, Status.HOLD, Reason.DWELL, text)
             continue
+        kept = remembered.risen_s is not None and remembered.risen_s >= remembered.moved_s
         classes[name] = replace(
             remembered,
             point=upper,
             moved_s=now_s,
             risen_s=now_s,
+            patience=max(1, remembered.patience // 2) if kept else remembered.patience,
             low_since_s=None,
             narrow_since_s=None,
             cause=reason,

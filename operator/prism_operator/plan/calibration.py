@@ -2,7 +2,8 @@
 
 Observed mean time per output token over the predicted one, wherever the prediction is good: one point per class in the
 window, enough requests, utilisation at most 0.7 (by the profile; beyond it the closed form is off, and a profile that
-is too optimistic believes itself below). The factor moves slowly and says nothing about single points.
+is too optimistic believes itself below), outputs long enough that one prompt which is read beside a request hardly
+shows in its mean: else the figure tells of coincidences. The factor moves slowly and says nothing about single points.
 """
 
 import math
@@ -10,9 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from prism_api.control import HISTOGRAM_BOUNDS_MS
+from prism_api.profile import Profile
 from prism_operator.plan import capacity
 from prism_operator.plan.capacity import ClassLoad
-from prism_operator.plan.types import ClassDelta, LoopSettings, Observation
+from prism_operator.plan.types import ClassDelta, DemandState, LoopSettings, Observation
 
 LEAST, MOST = 0.5, 2.0
 UNDECIDED = HISTOGRAM_BOUNDS_MS[1] / HISTOGRAM_BOUNDS_MS[0]
@@ -20,6 +22,9 @@ UNDECIDED = HISTOGRAM_BOUNDS_MS[1] / HISTOGRAM_BOUNDS_MS[0]
 STEADY_SHARE = 0.9
 """Share of a window's tokens that one point must have made for the prediction to be about that point."""
 TRUSTED_UTILISATION = 0.7
+
+DISTURBED = 0.25
+"""Share of a token's predicted time that one other prompt, spread over the request that it delays, may add."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,15 @@ def corrected(
     return factor + weight * off, variance + weight * (off * off * (1 - weight) - variance)
 
 
+def cautious(state: DemandState, loop: LoopSettings) -> float:
+    """The factor plus its standard error: what a scale-down must not rely on being better than.
+
+    The factor is a moving average, of windows that are independent if they do not overlap.
+    """
+    weight = 1 - math.exp(-loop.long_window_s / loop.calibration_s)
+    return state.cost_factor + math.sqrt(state.cost_variance * weight / (2 - weight))
+
+
 def _ratio(evidence: list[Evidence], observation: Observation, loop: LoopSettings) -> float | None:
     profile, ready = observation.profile, len(observation.ready)
     requests = sum(sum(one.seen.tpot) for one in evidence)
@@ -68,7 +82,15 @@ def _ratio(evidence: list[Evidence], observation: Observation, loop: LoopSetting
     predicted_s = capacity.time_per_token_s(loads, points, profile, ready)
     if not idle_s or not predicted_s or 1 - idle_s / predicted_s > TRUSTED_UTILISATION:
         return None
+    if any(_disturbed(one.load, points[one.load.policy.name], profile, predicted_s) for one in evidence):
+        return None
     return sum(_sum_s(one.seen.tpot) for one in evidence) / requests / predicted_s
+
+
+def _disturbed(load: ClassLoad, point: str, profile: Profile, predicted_s: float) -> bool:
+    costs, inverse = profile.points[point], load.lengths.output_inverse
+    prompt_ns = costs.prefill_base_nanoseconds + costs.prefill_per_token_nanoseconds * load.lengths.prompt_tokens
+    return inverse is not None and prompt_ns * 1e-9 * inverse > DISTURBED * predicted_s
 
 
 def _steady_point(seen: ClassDelta) -> str | None:

@@ -1,12 +1,18 @@
-"""Offered load per class: rates over a short and a long window, mean lengths, latency quantiles.
+"""Offered load per class: what it presses with now, what it was over a while, mean lengths, latency quantiles.
 
 Offered, not served: shed requests count. Unknown is not zero: a class nobody spoke of has rate None, a class with fresh
 reports and no arrivals has rate 0. Counts come from some of the ready pods when others are silent; the rate is then
 scaled up by the share heard.
+
+What a class presses with is the least capacity that keeps every wait within its patience D. A pool of capacity C that
+answers in order lets nobody wait for longer than D if and only if, for every window of w seconds that ends now, the A
+requests that arrived in it fit into w + D seconds: A <= C * (w + D) (the delay bound of the network calculus: Cruz,
+IEEE Trans. Inf. Theory 37(1), 1991). So the pressing rate is the largest A / (w + D): a burst counts for what it makes
+others wait, noise that nobody would notice does not, and a burst is forgotten once a pool of that capacity would be
+done with it. No threshold says what a burst is.
 """
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,18 +20,21 @@ from prism_api.control import histogram_quantile
 from prism_operator.plan import calibration, lengths
 from prism_operator.plan.calibration import Evidence
 from prism_operator.plan.capacity import ClassLoad
-from prism_operator.plan.types import ClassDelta, DemandState, Lengths, LoopSettings, Observation, Sample, ServicePolicy
+from prism_operator.plan.types import (
+    ClassDelta,
+    ClassPolicy,
+    DemandState,
+    Lengths,
+    LoopSettings,
+    Observation,
+    Sample,
+    ServicePolicy,
+)
 
 COARSE_S = 10.0
 """Width of the sums that keep history older than the long window, and period of the profile's correction."""
 WIDEST_LONG_WINDOWS = 10
 """A sparse class's long window widens to this many long windows (60 s to 600 s)."""
-
-
-NOISE_DEVIATIONS = 1.5
-"""A Poisson count within this many standard deviations of its expectation says nothing new."""
-BURST_DEVIATIONS = 3.0
-"""A Poisson count this far above its expectation is next to never chance: 1 in 300 to 1 in 700 at these counts."""
 _TICK_TOLERANCE_S = 1e-6
 
 
@@ -89,30 +98,38 @@ def _evidence(state: DemandState, policy: ServicePolicy) -> list[Evidence]:
     return evidence
 
 
-def short_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | None:
-    """Rate of the fast loop, None while the class is unknown.
+def patience_s(class_policy: ClassPolicy, loop: LoopSettings) -> float:
+    """How long a request of the class may wait for others before that is too long."""
+    return loop.short_window_s if class_policy.ttft_s is None else loop.high * class_policy.ttft_s
 
-    With few arrivals the long window is used instead, unless the short one departs from it by more than noise: a burst
-    after a calm minute, or silence after a burst, must not be averaged away. A burst beyond chance is believed at its
-    own rate, at once.
-    """
-    loop = policy.loop
-    burst = _rate(state, name, loop.burst_window_s, loop)
-    short = _rate(state, name, loop.short_window_s, loop)
-    long = _rate(state, name, loop.long_window_s, loop)
-    if burst is None or short is None or long is None:
+
+def pressing_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | None:
+    """Rate of the fast loop: the least capacity that keeps waits within patience. None while the class is unknown."""
+    history = state.samples.get(name, ())
+    if not _known(state, history, policy.loop):
         return None
-    if burst.per_s > short.per_s and _deviations(burst, long.per_s) > BURST_DEVIATIONS:
-        return burst
-    if short.arrivals < loop.enough_arrivals and abs(_deviations(short, long.per_s)) <= NOISE_DEVIATIONS:
-        return long
-    return short
+    return _pressing(history, len(history) - 1, patience_s(policy.by_name(name), policy.loop), policy.loop)
 
 
-def _deviations(rate: Rate, expected_per_s: float) -> float:
-    """By how many standard deviations of a Poisson count a rate departs from the expected one."""
-    expected = expected_per_s * rate.span_s
-    return (rate.per_s * rate.span_s - expected) / math.sqrt(expected) if expected else 0.0
+def peak_rate(state: DemandState, name: str, policy: ServicePolicy, seconds: float) -> Rate | None:
+    """The largest pressing rate of the last `seconds`, with the arrivals of these; None while the class is unknown."""
+    history = state.samples.get(name, ())
+    if state.last_s is None or not _known(state, history, policy.loop):
+        return None
+    patient_s = patience_s(policy.by_name(name), policy.loop)
+    since_s = state.last_s - seconds + _TICK_TOLERANCE_S
+    peak, arrivals = 0.0, 0
+    for position in reversed(range(len(history))):
+        if history[position].end_s <= since_s:
+            break
+        arrivals += history[position].delta.arrived
+        peak = max(peak, _pressing(history, position, patient_s, policy.loop).per_s)
+    return Rate(peak, arrivals, seconds)
+
+
+def recent_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | None:
+    """Mean rate since the slow loop's last decision, None while the class is unknown."""
+    return _rate(state, name, policy.loop.slow_period_s, policy.loop)
 
 
 def long_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | None:
@@ -198,11 +215,18 @@ def _sum_counts(histograms: list[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(map(sum, zip(*filled, strict=True)))
 
 
+def _known(state: DemandState, history: Sequence[Sample], loop: LoopSettings) -> bool:
+    """Whether the last word on a class is fresh enough to be the truth."""
+    if not history or state.last_s is None:
+        return False
+    return state.last_s - history[-1].end_s <= loop.missed_polls * loop.fast_period_s
+
+
 def _rate(state: DemandState, name: str, window_s: float, loop: LoopSettings) -> Rate | None:
     history = state.samples.get(name, ())
-    if not history or state.last_s is None or state.last_s - history[-1].end_s > loop.missed_polls * loop.fast_period_s:
+    if not _known(state, history, loop):
         return None
-    # From the last sample, not from now: after a missed poll the shortest window would hold none.
+    # From the last sample, not from now: after a missed poll a short window would hold none.
     since = history[-1].end_s - window_s + _TICK_TOLERANCE_S
     span_s, offered, arrivals = 0.0, 0.0, 0
     for sample in reversed(history):
@@ -212,6 +236,23 @@ def _rate(state: DemandState, name: str, window_s: float, loop: LoopSettings) ->
         offered += sample.delta.arrived / sample.heard
         arrivals += sample.delta.arrived
     return Rate(offered / span_s, arrivals, span_s)
+
+
+def _pressing(history: Sequence[Sample], last: int, patient_s: float, loop: LoopSettings) -> Rate:
+    """What presses at the end of sample `last`: the largest (A - 1) / (w + D) of all windows up to the long one, for
+    nobody waits for itself; at least the mean of the long window, for patience is a loan.
+    """
+    since = history[last].end_s - loop.long_window_s + _TICK_TOLERANCE_S
+    span_s, offered, arrivals, most = 0.0, 0.0, 0, 0.0
+    for position in range(last, -1, -1):
+        sample = history[position]
+        if sample.end_s <= since:
+            break
+        span_s += sample.end_s - sample.start_s
+        arrivals += sample.delta.arrived
+        offered += sample.delta.arrived / sample.heard
+        most = max(most, (offered - 1) / (span_s + patient_s))
+    return Rate(max(most, offered / span_s), arrivals, span_s)
 
 
 def _compact(history: tuple[Sample, ...], oldest_s: float, fine_since_s: float) -> tuple[Sample, ...]:

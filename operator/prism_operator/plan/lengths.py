@@ -1,4 +1,4 @@
-"""Second moments of request lengths from counts in 4 x 4 cells.
+"""Moments of request lengths from counts in 4 x 4 cells.
 
 Means hide a mix of short and long requests, and work is not linear in lengths: a long output holds its context for
 longer. Pods count finished requests in cells that are a factor of four wide; here old counts fade with a half-life, a
@@ -16,6 +16,8 @@ PROMPT_MIDDLES = (128.0, 512.0, 2048.0, 8192.0)
 OUTPUT_MIDDLES = (16.0, 64.0, 256.0, 1024.0)
 INSIDE_CELL = 1.155
 """E[x^2] / E[x]^2 of a log-uniform length over a factor of four: ln 4 * (4^2 - 1) / (2 * (4 - 1)^2)."""
+INVERSE_INSIDE_CELL = 1.171
+"""E[1/x] * E[x] of the same: (3 / (2 * ln 4))^2."""
 
 
 def faded(cells: Sequence[float], counted: Sequence[int], elapsed_s: float) -> tuple[float, ...]:
@@ -47,5 +49,6 @@ def with_moments(prompt_tokens: float, output_tokens: float, cells: Sequence[flo
         output_tokens,
         prompt_squared=INSIDE_CELL * prompt_scale**2 * sum(share * prompt**2 for share, prompt, _ in shares),
         output_squared=INSIDE_CELL * output_scale**2 * sum(share * output**2 for share, _, output in shares),
+        output_inverse=INVERSE_INSIDE_CELL / output_scale * sum(share / output for share, _, output in shares),
         product=prompt_scale * output_scale * sum(share * prompt * output for share, prompt, output in shares),
     )

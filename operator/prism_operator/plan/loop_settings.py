@@ -10,11 +10,9 @@ class LoopSettings:
     fast_period_s: float = 1.0
     slow_period_s: float = 30.0
     short_window_s: float = 6.0
-    """Rates and latencies of the fast loop; Knative's panic window."""
-    burst_window_s: float = 2.0
-    """Arrivals that exceed the long window's rate beyond chance within so short a time are a burst."""
+    """Latencies of the fast loop; Knative's panic window."""
     long_window_s: float = 60.0
-    """Rates of the slow loop and mean lengths; Knative's stable window."""
+    """Rates of the slow loop, and as far back as a burst can press; Knative's stable window."""
     enough_arrivals: int = 20
     """Below this count a window is widened to the next one: the relative error of n arrivals is 1/sqrt(n)."""
     high: float = 0.60

@@ -1,14 +1,18 @@
 """How many replicas the load asks for, before any bound, window or step cap.
 
-    up      max(ceil((1 + u*h) * need(nominal)), ceil((1 + h) * need(floors)))     of the peak load
-    keep    ceil((1 + k*h) * need(nominal))         of the mean load, at the profile's costs plus their uncertainty
+    up      max(ceil((1 + u*h) * need(nominal, mean)), ceil(need(floors, burst)))
+    keep    max(ceil((1 + k*h) * need(nominal, mean)), ceil(need(floors, burst)), at costs that may be worse)
 
-`need(points)` is the real number of replicas that hold a load with the classes at these points, h the headroom, and
-(u, k) its shares by `scaling.reserve`: how much of it stands in idle pods. Nominal points are the tops: planned at the
-floors, no reserve would be left. Only `cost.targetPerHour` lowers them, to the highest points whose count fits it.
+`need(points, load)` is the real number of replicas that hold a load with the classes at these points, h the headroom,
+and (u, k) its shares by `scaling.reserve`: how much of it stands in idle pods. k above u is the hysteresis of the
+N/(N-1) test. Nominal points are the tops: planned at the floors, no reserve would be left. Only `cost.targetPerHour`
+lowers them, to the highest points whose count fits it.
 
-The peak load of a class is the largest of its short rate, its long rate and its forecast at the time when an ordered
-pod is ready; the mean load leaves the short rate out. k above u is the hysteresis of the N/(N-1) test.
+Replicas follow the mean, the budget what exceeds it. So what stands at the tops is the mean load: the larger of the
+forecast at the time when an ordered pod is ready and the rate seen, over the slow period on the way up and over the
+long window on the way down. What must fit with all classes at their floors is a burst: the mean and h more, or as
+much more as the last lead times brought unexpectedly (`plan.surprise`; not if the spec sets a headroom), or, on the way
+up, what presses now. Where the budget is not this planner's to move, the burst must fit at the points as they are.
 """
 
 import math
@@ -17,9 +21,10 @@ from dataclasses import dataclass, field
 
 from prism_api.profile import Profile
 from prism_api.service import BudgetControl, ForecastMethod, Reserve
-from prism_operator.plan import capacity, demand, forecast
+from prism_operator.plan import calibration, capacity, demand, forecast, surprise
 from prism_operator.plan.capacity import ClassLoad
 from prism_operator.plan.forecast import ForecastState, Method
+from prism_operator.plan.surprise import SurpriseState
 from prism_operator.plan.types import DemandState, Observation, Reason, ServicePolicy
 
 SHARES: Mapping[Reserve, tuple[float, float]] = {
@@ -41,8 +46,8 @@ class Ask:
     down: int | None
     reason: Reason
     message: str
-    bridged: bool = False
-    """Whether the ready pods hold the load once every class is at its floor, and may be sent there."""
+    held: bool = False
+    """Whether the ready pods hold what presses now, with the classes at their floors where they may be sent there."""
     inputs: Mapping[str, float] = field(default_factory=dict)
     nominal: Mapping[str, str] = field(default_factory=dict)
     """The points that were planned for; empty without a profile."""
@@ -70,11 +75,54 @@ def learn(
     return learnt
 
 
+def surprised(
+    surprises: Mapping[str, SurpriseState],
+    forecasts: Mapping[str, ForecastState],
+    observation: Observation,
+    state: DemandState,
+    policy: ServicePolicy,
+    ready_s: float,
+) -> dict[str, SurpriseState]:
+    """Surprises after one more tick. Before the long window is full nothing was expected, so nothing can surprise."""
+    now_s, loop = observation.now_s, policy.loop
+    if not policy.effective.headroom_learned or state.since_s is None or now_s - state.since_s < loop.long_window_s:
+        return {}
+    lead_s = loop.slow_period_s + policy.effective.stabilization_up_s + ready_s
+    learnt = {}
+    for class_policy in policy.classes:
+        name = class_policy.name
+        before = surprise.of(surprises, name)
+        rate = demand.long_rate(state, name, policy)
+        peak = demand.peak_rate(state, name, policy, loop.slow_period_s if before.at_s is None else now_s - before.at_s)
+        if rate is not None and peak is not None:
+            expected_per_s = max(rate.per_s, _forecast(forecasts.get(name), policy, ready_s))
+            before = surprise.update(before, now_s, expected_per_s, peak.per_s, peak.arrivals, lead_s)
+        learnt[name] = before
+    return learnt
+
+
+@dataclass(slots=True)
+class _Loads:
+    """The busy classes' loads in four readings.
+
+    pressing  what must fit at once
+    risen     mean, noticed early: what an order is for
+    mean      mean over the long window: what is kept
+    burst     the mean, and as much more as may come before an order helps
+    """
+
+    pressing: list[ClassLoad] = field(default_factory=list)
+    risen: list[ClassLoad] = field(default_factory=list)
+    mean: list[ClassLoad] = field(default_factory=list)
+    burst: list[ClassLoad] = field(default_factory=list)
+
+
 def ask(
     observation: Observation,
     state: DemandState,
     policy: ServicePolicy,
     forecasts: Mapping[str, ForecastState],
+    surprises: Mapping[str, SurpriseState],
     ready_s: float,
 ) -> Ask:
     """What the load asks for; with a profile by `need`, without one by the proportional law on saturation."""
@@ -84,24 +132,28 @@ def ask(
     if len(observation.fresh) < len(ready) / 2:
         text = f"only {len(observation.fresh)} of {len(ready)} ready pods reported freshly"
         return Ask(None, None, Reason.SIGNALS_STALE, text)
-    peak: list[ClassLoad] = []
-    mean: list[ClassLoad] = []
+    loads = _Loads()
     for class_policy in policy.classes:
         name = class_policy.name
-        short, long = demand.short_rate(state, name, policy), demand.long_rate(state, name, policy)
-        if short is None or long is None:
+        pressing, long = demand.pressing_rate(state, name, policy), demand.long_rate(state, name, policy)
+        recent = demand.recent_rate(state, name, policy)
+        if pressing is None or long is None or recent is None:
             return Ask(None, None, Reason.SIGNALS_STALE, f"the load of class '{name}' is unknown")
-        if max(short.per_s, long.per_s) == 0:
+        if max(pressing.per_s, long.per_s) == 0:
             continue
         lengths = demand.mean_lengths(state, name)
         if lengths is None:
             text = f"no request of class '{name}' has finished yet, so the cost of one is unknown"
             return Ask(None, None, Reason.STABILIZING, text)
-        expected = max(long.per_s, _forecast(forecasts.get(name), policy, ready_s))
-        # Up follows the burst, for the up window takes the least ask; down follows the mean, for it takes the largest.
-        peak.append(ClassLoad(class_policy, max(short.per_s, expected), lengths))
-        mean.append(ClassLoad(class_policy, expected, lengths))
-    return _from_profile(observation, state, policy, peak, mean) or _from_saturation(observation, state, policy)
+        ahead = _forecast(forecasts.get(name), policy, ready_s)
+        expected = max(long.per_s, ahead)
+        excess = surprise.reserve_per_s(surprise.of(surprises, name), class_policy.attainment_target)
+        burst = expected + max(policy.effective.headroom * expected, excess)
+        loads.pressing.append(ClassLoad(class_policy, pressing.per_s, lengths))
+        loads.risen.append(ClassLoad(class_policy, max(recent.per_s, ahead), lengths))
+        loads.mean.append(ClassLoad(class_policy, expected, lengths))
+        loads.burst.append(ClassLoad(class_policy, burst, lengths))
+    return _from_profile(observation, state, policy, loads) or _from_saturation(observation, state, policy)
 
 
 def _forecast(state: ForecastState | None, policy: ServicePolicy, ready_s: float) -> float:
@@ -114,46 +166,51 @@ def _forecast(state: ForecastState | None, policy: ServicePolicy, ready_s: float
     return forecast.ahead(state, method, horizon_s, policy.loop.slow_period_s) or 0.0
 
 
-def _from_profile(
-    observation: Observation,
-    state: DemandState,
-    policy: ServicePolicy,
-    peak: list[ClassLoad],
-    mean: list[ClassLoad],
-) -> Ask | None:
-    if not peak:
+def _from_profile(observation: Observation, state: DemandState, policy: ServicePolicy, loads: _Loads) -> Ask | None:
+    if not loads.mean:
         return Ask(0, 0, Reason.DEMAND, "no load in fresh reports", inputs={"offered_per_s": 0.0})
     if observation.profile is None:
         return None
     profile = capacity.scaled(observation.profile, state.cost_factor)
     # What is uncertain about the profile keeps replicas and orders none: it would come and go with the evidence.
-    cautious = capacity.scaled(observation.profile, state.cautious_cost_factor)
-    floors = {class_policy.name: class_policy.floor for class_policy in policy.classes}
-    nominal = _nominal(policy, floors, mean, profile)
-    top = capacity.replicas_for(peak, nominal, profile)
-    bottom = capacity.replicas_for(peak, floors, profile)
-    kept = capacity.replicas_for(mean, nominal, cautious)
-    if top is None or bottom is None or kept is None:
+    cautious = capacity.scaled(observation.profile, calibration.cautious(state, policy.loop))
+    steered = policy.budget is BudgetControl.AUTO
+    floors = {one.name: one.floor if steered else policy.fixed_point or policy.max_point for one in policy.classes}
+    nominal = _nominal(policy, floors, loads.mean, profile)
+    top = capacity.replicas_for(loads.risen, nominal, profile)
+    kept = capacity.replicas_for(loads.mean, nominal, profile)
+    now = capacity.replicas_for(loads.pressing, floors, profile)
+    burst = capacity.replicas_for(loads.burst, floors, profile)
+    kept_burst = capacity.replicas_for(loads.burst, floors, cautious)
+    if top is None or kept is None or now is None or burst is None or kept_burst is None:
         return None
     headroom = policy.effective.headroom
     up_share, down_share = SHARES[policy.effective.reserve]
-    up = max(_ceil((1 + up_share * headroom) * top), _ceil((1 + headroom) * bottom))
-    offered = sum(load.per_s for load in peak)
+    offered = sum(load.per_s for load in loads.risen)
     points = sorted(set(nominal.values()), key=policy.ladder.index)
     text = (
-        f"offered {offered:.2f}/s needs {top:.2f} replicas at '{', '.join(points)}' and {bottom:.2f} at the floors, "
-        f"plus headroom {headroom:.2f}"
+        f"offered {offered:.2f}/s needs {top:.2f} replicas at '{', '.join(points)}', plus headroom {headroom:.2f}; "
+        f"at the floors {now:.2f} hold what presses now, {burst:.2f} what may come before an order helps"
     )
     inputs = {
         "offered_per_s": offered,
-        "expected_per_s": sum(load.per_s for load in mean),
+        "expected_per_s": sum(load.per_s for load in loads.mean),
+        "pressing_per_s": sum(load.per_s for load in loads.pressing),
         "need_nominal": top,
-        "need_floors": bottom,
         "need_kept": kept,
+        "need_floors": now,
+        "need_burst": burst,
         "headroom": headroom,
     }
-    bridged = policy.budget is BudgetControl.AUTO and _ceil(bottom) <= len(observation.ready)
-    return Ask(up, _ceil((1 + down_share * headroom) * kept), Reason.DEMAND, text, bridged, inputs, nominal)
+    return Ask(
+        up=max(_ceil((1 + up_share * headroom) * top), _ceil(now), _ceil(burst)),
+        down=max(_ceil((1 + down_share * headroom) * kept), _ceil(kept_burst)),
+        reason=Reason.DEMAND,
+        message=text,
+        held=_ceil(now) <= len(observation.ready),
+        inputs=inputs,
+        nominal=nominal,
+    )
 
 
 def _nominal(

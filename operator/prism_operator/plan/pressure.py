@@ -6,6 +6,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median_low
 
 from prism_api import FULL
 from prism_api.profile import Profile
@@ -22,9 +23,12 @@ class Pressure:
 
     acknowledged  ready pods that said at which point they run; they follow the next directive within milliseconds
     silent        other ready pods: counted at `full`, whatever they may run (fail closed)
-    rates         offered requests a second by class, None while unknown
+    rates         what each class presses with, in requests a second; None while unknown. See `plan.demand`
     loads         the same with lengths; None if any class with traffic has unknown lengths
-    backlog       waiting requests beyond the one per pod that only waits for the current step to end
+    backlog       waiting requests beyond the one per pod that only waits for the current step to end, if every pod had
+                  as many as the median one: what waits at a few pods is a matter of their governors, not of the pool
+    mixed_s       how long the newest pod has been ready: it gets every request until it is as full as the others, and
+                  what waits there meanwhile says nothing about the pool
     """
 
     acknowledged: int
@@ -33,6 +37,7 @@ class Pressure:
     rates: Mapping[str, float | None]
     loads: tuple[ClassLoad, ...] | None
     backlog: int
+    mixed_s: float
     profile: Profile | None
     saturation: Mapping[str, float | None]
     _needs: dict[tuple[tuple[str, str], ...], float | None] = field(default_factory=dict, compare=False, repr=False)
@@ -96,11 +101,12 @@ def measure(observation: Observation, state: DemandState, policy: ServicePolicy,
     names = [class_policy.name for class_policy in policy.classes]
     acknowledged = sum(all(name in pod.points for name in names) for pod in observation.fresh)
     ready = len(observation.ready)
-    waiting = sum(pod.load.waiting for pod in observation.fresh if pod.load is not None)
-    backlog = max(0, waiting - len(observation.fresh))
+    waiting = [max(0, pod.load.waiting - 1) for pod in observation.fresh if pod.load is not None]
+    backlog = len(waiting) * median_low(waiting) if waiting else 0
+    newest_s = max((pod.ready_s for pod in observation.ready if pod.ready_s is not None), default=-math.inf)
     rates: dict[str, float | None] = {}
     for name in names:
-        rate = demand.short_rate(state, name, policy)
+        rate = demand.pressing_rate(state, name, policy)
         rates[name] = None if rate is None else rate.per_s
     return Pressure(
         acknowledged=acknowledged,
@@ -109,6 +115,7 @@ def measure(observation: Observation, state: DemandState, policy: ServicePolicy,
         rates=rates,
         loads=_loads(policy, state, rates, backlog),
         backlog=backlog,
+        mixed_s=observation.now_s - newest_s,
         profile=None if observation.profile is None else capacity.scaled(observation.profile, state.cost_factor),
         saturation={
             class_policy.name: _saturation(class_policy, observation.now_s, state, policy, memory)

@@ -1,10 +1,11 @@
 """The slow decision: how many replicas to order. What the load asks for stands in `plan.need`.
 
-    up       least ask of the up window, if above what is ordered; of twice the window while the knob holds the load
+    up       least ask of the up window, if above what is ordered; this tick's while not even the floors hold the load
     down     largest keep of the down window, if below; one pod at a time, never before the window is full
 
-A pod that is ordered runs for the down window at least, so a burst that ready pods hold at lower points may first show
-that it lasts: an order is late by one window then, and no objective is missed for it.
+A pod that is ordered runs for the down window at least, so a load that ready pods hold at lower points must first show
+that it lasts. Where they do not hold it, every second of waiting is paid with objectives, and nothing waits: `urgent`
+says when the fast loop must not leave such an order to the slow loop's period.
 
 Pods that are ordered and still start are part of what is ordered, so nothing is asked for twice; while some start, only
 a higher ask than the one they answer adds more. A pod that starts for too long is reported and no longer waited for. It
@@ -24,6 +25,7 @@ from prism_operator.plan.limits import Limits, limits
 from prism_operator.plan.need import Ask
 from prism_operator.plan.starts import expected_ready_s, stuck_pods
 from prism_operator.plan.types import (
+    BudgetPlan,
     DemandState,
     Observation,
     PodView,
@@ -36,8 +38,6 @@ from prism_operator.plan.types import (
     Status,
 )
 
-PATIENCE = 2
-"""Up windows that an ask must last through while ready pods hold the load at the floors."""
 MOST_RECOMMENDED = 1000
 """Where a recommendation is cut off: an objective out of reach asks for any number."""
 
@@ -55,10 +55,11 @@ def decide(
     state = replace(
         state,
         forecasts=need.learn(state.forecasts, observation, demand_state, policy, ready_s),
+        surprises=need.surprised(state.surprises, state.forecasts, observation, demand_state, policy, ready_s),
         idle_since_s=_idle_since_s(observation, demand_state, policy, state),
         rehearsal=rehearsal.current(observation, state.rehearsal),
     )
-    ask = need.ask(observation, demand_state, policy, state.forecasts, ready_s)
+    ask = need.ask(observation, demand_state, policy, state.forecasts, state.surprises, ready_s)
     state = _remember(observation.now_s, ask, policy, state)
     tick = _Tick(
         observation=observation,
@@ -78,9 +79,18 @@ def decide(
     return replace(plan, stuck_pods=tuple(pod.name for pod in tick.stuck), out_of_traffic=away), state
 
 
+def urgent(plan: BudgetPlan, policy: ServicePolicy, since_decision_s: float) -> bool:
+    """Whether the slow loop must decide now: every class is at its floor, and the load does not fit there.
+
+    Again after a short window, for as long as that lasts: what presses may have grown since.
+    """
+    at_floors = all(target.point == policy.by_name(target.name).floor for target in plan.classes)
+    return plan.fits is False and at_floors and since_decision_s >= policy.loop.short_window_s
+
+
 def _remember(now_s: float, ask: Ask, policy: ServicePolicy, state: ReplicaState) -> ReplicaState:
     since_s = now_s if state.since_s is None else state.since_s
-    kept_s = max(PATIENCE * policy.effective.stabilization_up_s, policy.effective.stabilization_down_s)
+    kept_s = max(policy.effective.stabilization_up_s, policy.effective.stabilization_down_s)
     history = tuple(one for one in state.recommendations if one.at_s >= now_s - kept_s)
     repeated = bool(history) and history[-1].at_s >= now_s
     if ask.up is not None and ask.down is not None and not repeated:
@@ -230,11 +240,10 @@ def _up(tick: _Tick, asked: int, cut: Reason | None, state: ReplicaState) -> tup
     if now_s - seen_since_s < policy.loop.short_window_s:
         rejected = f"{wanted}: demand is seen for too short a time"
         return tick.hold(Status.HOLD, Reason.STABILIZING, rejected=rejected), state
-    windows = PATIENCE if tick.ask.bridged else 1
-    since_s = now_s - windows * policy.effective.stabilization_up_s
+    since_s = now_s - (policy.effective.stabilization_up_s if tick.ask.held else 0)
     lasting = min(tick.limits.clamp(one.up)[0] for one in state.recommendations if one.at_s >= since_s)
     if lasting <= tick.ordered:
-        rejected = f"{wanted}: not asked for through {windows} up window(s)"
+        rejected = f"{wanted}: not asked for through the up window"
         return tick.hold(Status.HOLD, Reason.STABILIZING, rejected=rejected), state
     if tick.starting > 0 and state.ordered_for is not None and asked <= state.ordered_for:
         text = f"{tick.starting} pods start for this already, expected ready {tick.ready_s:.0f} s after creation"

@@ -4,7 +4,6 @@ Time is `now_s`: seconds of one monotonic clock, an argument everywhere. Units s
 and is never read as zero. States hold plain values only, so that `dataclasses.asdict` gives JSON, and are bounded.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -17,6 +16,7 @@ from prism_api.service import Brownout, BudgetControl, OnCap, ScalingControl, Sc
 from prism_operator.plan.forecast import ForecastState
 from prism_operator.plan.loop_settings import LoopSettings
 from prism_operator.plan.reasons import Reason, Status
+from prism_operator.plan.surprise import SurpriseState
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +222,8 @@ class Lengths:
     prompt_squared: float | None = None
     output_squared: float | None = None
     product: float | None = None
+    output_inverse: float | None = None
+    """Mean of 1 / output: the weight of one disturbance in a request's mean time per token."""
 
     @property
     def context_tokens(self) -> float:
@@ -259,11 +261,6 @@ class DemandState:
     """Mean squared difference of what was observed from that factor."""
     cells: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Class -> finished requests by length cell, older ones fading. See `plan.lengths`."""
-
-    @property
-    def cautious_cost_factor(self) -> float:
-        """The factor plus its uncertainty: what a scale-down must not rely on being better than."""
-        return self.cost_factor + math.sqrt(self.cost_variance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,6 +408,8 @@ class ReplicaState:
     """When the last scale-down was ordered."""
     forecasts: Mapping[str, ForecastState] = field(default_factory=dict)
     """By class; empty with forecasts off."""
+    surprises: Mapping[str, SurpriseState] = field(default_factory=dict)
+    """By class; empty with a headroom that is set."""
     idle_since_s: float | None = None
     """Since when every pod has reported that there is nothing to do."""
     rehearsal: Rehearsal | None = None

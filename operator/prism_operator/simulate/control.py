@@ -1,5 +1,6 @@
 """What decides in a simulation: the port between a fleet and a policy, and Prism behind it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -63,6 +64,8 @@ class Orders:
     replicas: int | None = None
     points: Mapping[str, str] = field(default_factory=dict)
     """Class -> operating point, of all pods."""
+    floors: Mapping[str, str] = field(default_factory=dict)
+    """Class -> lowest point that a pod's governor may sink to; none for a class that is absent."""
     pod_points: Mapping[str, str] = field(default_factory=dict)
     """Pod -> operating point of all its classes; wins over `points`."""
     admission: Mapping[str, Admission] = field(default_factory=dict)
@@ -112,7 +115,7 @@ class Prism:
         self.name = name
         self.policy = policy
         self.ticks: list[Tick] = []
-        self._slow_due_s = 0.0
+        self._decided_s = -math.inf
         self.forget()
 
     @property
@@ -129,8 +132,9 @@ class Prism:
         self.demand = demand.update(self.demand, observation, policy)
         plan, self.budget = budget.decide(observation, self.demand, policy, self.budget)
         replica_plan = None
-        if observation.now_s >= self._slow_due_s:
-            self._slow_due_s = observation.now_s + policy.loop.slow_period_s
+        since_s = observation.now_s - self._decided_s
+        if since_s >= policy.loop.slow_period_s or replicas.urgent(plan, policy, since_s):
+            self._decided_s = observation.now_s
             replica_plan, self.replicas = replicas.decide(observation, self.demand, policy, self.replicas)
         ordered = observation.ordered_replicas or 0
         if replica_plan is not None:
@@ -139,6 +143,7 @@ class Prism:
         return Orders(
             replicas=None if replica_plan is None else replica_plan.replicas,
             points={target.name: target.point for target in plan.classes},
+            floors={target.name: target.floor for target in plan.classes},
             admission={target.name: target.admission for target in plan.classes},
             out_of_traffic=None if replica_plan is None else frozenset(replica_plan.out_of_traffic),
         )

@@ -38,6 +38,11 @@ def test_a_field_of_the_service_wins_even_if_it_is_zero(
     assert getattr(effective(spec(**{f"spec.{path}": value})), setting) == expected
 
 
+@pytest.mark.parametrize(("edits", "learned"), [({}, True), ({"spec.scaling.headroom": "0.10"}, False)])
+def test_headroom_is_learned_unless_it_is_set(edits: dict[str, object], learned: bool) -> None:
+    assert effective(spec(**edits)).headroom_learned is learned
+
+
 def test_the_only_class_is_the_default_class() -> None:
     assert spec().default_class_name == "standard"
     gold = {"name": "gold", "objectives": {"ttftMilliseconds": 800}}

@@ -66,6 +66,24 @@ def test_backlog_alone_lowers_the_budget() -> None:
     assert "waiting" in plan.message
 
 
+def test_what_waits_at_one_pod_of_three_is_not_the_pools_matter() -> None:
+    hot, calm = pod("pod-0", load=load(waiting=12)), [pod(f"pod-{n}", load=load(waiting=1)) for n in (1, 2)]
+    assert _decide(LOW, pods=(hot, *calm))[0].by_name(NAME).point == "full"
+    everywhere = tuple(pod(f"pod-{n}", load=load(waiting=20)) for n in range(3))
+    assert _decide(LOW, pods=everywhere)[0].by_name(NAME).point != "full"
+
+
+@pytest.mark.parametrize(("ttft_ms", "point"), [(1000, "full"), (1600, "b875")])
+def test_latency_in_the_minute_after_a_pod_became_ready_counts_only_if_objectives_are_missed(
+    ttft_ms: float, point: str
+) -> None:
+    """It gets every request until it is as full as the others; of 1,500 ms."""
+    policy = service_policy()
+    slow = demand_of(policy, LOW, NOW_S, ttft_ms=ttft_ms)
+    plan, _ = budget.decide(observation(NOW_S, pods=(pod(ready_s=NOW_S - 30),)), slow, policy, _state())
+    assert plan.by_name(NAME).point == point
+
+
 def test_saturation_above_high_takes_one_step() -> None:
     policy = service_policy()
     seen = demand_of(policy, LOW, NOW_S, tpot_ms=170.0)
@@ -95,6 +113,28 @@ def test_step_up_that_was_taken_back_at_once_makes_the_next_one_wait_longer() ->
     assert (flapped.classes[NAME].point, flapped.classes[NAME].patience) == ("b875", 2)
     _, burst = budget.decide(observation(NOW_S), demand_of(policy, HIGH, NOW_S), policy, rise)
     assert (burst.classes[NAME].point, burst.classes[NAME].patience) == ("b500", 1), "a burst is no flap"
+
+
+def test_step_up_that_was_kept_lets_the_next_one_wait_half_as_long() -> None:
+    waiting = {"patience": 8, "low_since_s": NOW_S - 80, "narrow_since_s": NOW_S - 80}
+    kept = _state("b750", NOW_S - 90, risen_s=NOW_S - 90, **waiting)
+    _, rising = _decide(LOW, state=kept, pods=(pod(point="b750"),))
+    assert (rising.classes[NAME].point, rising.classes[NAME].patience) == ("b875", 4)
+    taken_back = _state("b750", NOW_S - 90, risen_s=NOW_S - 95, **waiting)
+    _, wary = _decide(LOW, state=taken_back, pods=(pod(point="b750"),))
+    assert (wary.classes[NAME].point, wary.classes[NAME].patience) == ("b875", 8)
+
+
+@pytest.mark.parametrize(("since_s", "ttft_ms", "point"), [(3, 1000, "b875"), (8, 1000, "b750"), (3, 1600, "b750")])
+def test_latency_asks_for_a_second_step_when_its_window_is_renewed_or_objectives_are_missed(
+    since_s: int, ttft_ms: float, point: str
+) -> None:
+    """Of 1,500 ms. Those who waited before the first step still report it for a while."""
+    policy = service_policy()
+    slow = demand_of(policy, LOW, NOW_S, ttft_ms=ttft_ms)
+    state = _state("b875", NOW_S - since_s)
+    plan, _ = budget.decide(observation(NOW_S, pods=(pod(point="b875"),)), slow, policy, state)
+    assert plan.by_name(NAME).point == point
 
 
 def test_load_that_just_fits_above_gets_it_after_a_whole_down_window() -> None:

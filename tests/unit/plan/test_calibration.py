@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from prism_operator.plan import budget, demand, replicas
+from prism_api.control import in_out_cell
+from prism_operator.plan import budget, calibration, demand, replicas
 from prism_operator.plan.calibration import LEAST, MOST
 from prism_operator.plan.types import (
     BudgetState,
@@ -91,11 +92,35 @@ def test_latencies_seen_with_another_number_of_pods_correct_nothing() -> None:
 
 def test_factor_on_its_way_to_a_new_value_is_uncertain() -> None:
     moving, settled = _run(90.0, seconds=120), _run(90.0, seconds=2000)
-    assert moving.cost_factor < moving.cautious_cost_factor
+    assert moving.cost_factor < calibration.cautious(moving, POLICY.loop)
     assert moving.cost_variance > settled.cost_variance
-    assert settled.cautious_cost_factor == pytest.approx(settled.cost_factor, rel=0.02)
+    assert calibration.cautious(settled, POLICY.loop) == pytest.approx(settled.cost_factor, rel=0.02)
+
+
+def test_what_is_uncertain_is_the_average_and_not_each_observation() -> None:
+    """Windows of 60 s under a time constant of 120 s: about four that count, so half of a single one's deviation."""
+    state = DemandState(cost_factor=1.2, cost_variance=0.04)
+    assert calibration.cautious(state, LoopSettings()) == pytest.approx(1.2 + 0.495 * 0.2, abs=0.001)
 
 
 def test_profile_that_agrees_has_no_uncertainty() -> None:
     state = _run(52.0)
-    assert (state.cost_factor, state.cautious_cost_factor) == (1.0, 1.0)
+    assert (state.cost_factor, calibration.cautious(state, POLICY.loop)) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("output", "corrected"), [(32, True), (2, False)])
+def test_outputs_so_short_that_a_prompt_beside_them_decides_their_time_correct_nothing(
+    output: int, corrected: bool
+) -> None:
+    """The same latency twice; of two tokens, one of which waited for somebody's prompt, it is no measure of a step."""
+    state = DemandState()
+    for tick in range(300):
+        grown = replace(delta(2, prompt=200, output=output, tpot_ms=90.0), in_out=_cells(output, 2))
+        state = demand.update(state, observation(float(tick), classes={NAME: grown}), POLICY)
+    assert (state.cost_factor != 1.0) is corrected
+
+
+def _cells(output: int, count: int) -> tuple[int, ...]:
+    cells = [0] * 16
+    cells[in_out_cell(200, output)] = count
+    return tuple(cells)

@@ -1,4 +1,4 @@
-"""Offered load: unknown is not zero, bursts are believed, noise is not."""
+"""Offered load: unknown is not zero, a burst counts for the waiting that it makes, noise for none."""
 
 import json
 from dataclasses import asdict
@@ -6,8 +6,8 @@ from dataclasses import asdict
 import pytest
 
 from prism_operator.plan import demand
-from prism_operator.plan.types import ClassDelta, DemandState
-from tests.unit.plan.factories import delta, demand_of, observation, pod, service_policy
+from prism_operator.plan.types import ClassDelta, DemandState, ServicePolicy
+from tests.unit.plan.factories import delta, demand_of, observation, pod, service_class, service_policy
 
 NAME = "interactive"
 
@@ -18,11 +18,11 @@ def test_class_without_report_is_unknown_and_class_without_arrivals_is_zero() ->
     silent = idle
     for tick in range(5):
         silent = demand.update(silent, observation(61.0 + tick), policy)
-    assert demand.short_rate(DemandState(), NAME, policy) is None
-    idle_rate = demand.short_rate(idle, NAME, policy)
+    assert demand.pressing_rate(DemandState(), NAME, policy) is None
+    idle_rate = demand.pressing_rate(idle, NAME, policy)
     assert idle_rate is not None
     assert idle_rate.per_s == 0.0
-    assert demand.short_rate(silent, NAME, policy) is None
+    assert demand.pressing_rate(silent, NAME, policy) is None
     assert demand.long_rate(silent, NAME, policy) is None
 
 
@@ -32,7 +32,7 @@ def test_missed_polls_leave_the_last_rate_until_it_is_too_old() -> None:
     state, rates = demand_of(policy, 4), []
     for tick in range(1, 5):
         state = demand.update(state, observation(60.0 + tick), policy)
-        rates.append(demand.short_rate(state, NAME, policy))
+        rates.append(demand.pressing_rate(state, NAME, policy))
     assert [None if rate is None else rate.per_s for rate in rates] == [4.0, 4.0, 4.0, None]
 
 
@@ -42,7 +42,7 @@ def test_shed_requests_count_as_offered() -> None:
     for tick in range(11):
         classes = {NAME: ClassDelta(arrived=5, shed=5)}
         state = demand.update(state, observation(float(tick), classes=classes), policy)
-    rate = demand.short_rate(state, NAME, policy)
+    rate = demand.pressing_rate(state, NAME, policy)
     assert rate is not None
     assert rate.per_s == pytest.approx(5.0)
 
@@ -50,7 +50,7 @@ def test_shed_requests_count_as_offered() -> None:
 def test_first_observation_only_opens_the_interval() -> None:
     policy = service_policy()
     state = demand.update(DemandState(), observation(10.0, classes={NAME: delta(1000)}), policy)
-    assert demand.short_rate(state, NAME, policy) is None
+    assert demand.pressing_rate(state, NAME, policy) is None
 
 
 def test_repeated_observation_is_counted_once() -> None:
@@ -63,28 +63,71 @@ def test_repeated_observation_is_counted_once() -> None:
 def test_rate_is_scaled_up_by_the_share_of_pods_heard() -> None:
     policy = service_policy()
     pods = (pod("a"), pod("b", stale=True))
-    rate = demand.short_rate(demand_of(policy, 4, pods=pods), NAME, policy)
+    rate = demand.pressing_rate(demand_of(policy, 4, pods=pods), NAME, policy)
     assert rate is not None
     assert rate.per_s == pytest.approx(8.0)
 
 
-def test_two_seconds_of_a_burst_are_believed() -> None:
-    policy = service_policy()
-    state = demand_of(policy, 3)
-    for tick in (1, 2):
-        state = demand.update(state, observation(60.0 + tick, classes={NAME: delta(9)}), policy)
-    rate = demand.short_rate(state, NAME, policy)
+def _pressing(state: DemandState, resolved: ServicePolicy) -> float:
+    rate = demand.pressing_rate(state, NAME, resolved)
     assert rate is not None
-    assert rate.per_s == pytest.approx(9.0)
+    return rate.per_s
+
+
+def test_steady_load_presses_with_its_rate() -> None:
+    policy = service_policy()
+    assert _pressing(demand_of(policy, 4), policy) == pytest.approx(4.0)
+
+
+def test_burst_presses_with_what_lets_its_last_request_wait_no_longer_than_its_patience() -> None:
+    """20 in two seconds, and 0.6 of 1.5 s may be waited: the other 19 must be done within 2.9 s."""
+    policy = service_policy()
+    state = demand_of(policy, 0)
+    for tick in (1, 2):
+        state = demand.update(state, observation(60.0 + tick, classes={NAME: delta(10)}), policy)
+    assert _pressing(state, policy) == pytest.approx(19 / 2.9)
+
+
+def test_burst_is_forgotten_as_fast_as_a_pool_of_that_capacity_works_it_off() -> None:
+    """Nothing came in the eight seconds since, so less capacity is enough to have no late request by now."""
+    policy = service_policy()
+    state = demand_of(policy, 0)
+    state = demand.update(state, observation(61.0, classes={NAME: delta(40)}), policy)
+    assert _pressing(state, policy) == pytest.approx(39 / 1.9)
+    for tick in range(8):
+        state = demand.update(state, observation(62.0 + tick, classes={NAME: delta(0)}), policy)
+    assert _pressing(state, policy) == pytest.approx(39 / 9.9)
 
 
 def test_a_few_more_arrivals_than_usual_are_noise() -> None:
     policy = service_policy()
     state = demand_of(policy, 2)
     state = demand.update(state, observation(61.0, classes={NAME: delta(4)}), policy)
-    rate = demand.short_rate(state, NAME, policy)
-    assert rate is not None
-    assert rate.per_s == pytest.approx(2.0, rel=0.05)
+    assert _pressing(state, policy) == pytest.approx(2.0, rel=0.05)
+
+
+def test_a_lone_request_waits_for_nobody() -> None:
+    policy = service_policy()
+    state = demand.update(demand_of(policy, 0), observation(61.0, classes={NAME: delta(1)}), policy)
+    assert _pressing(state, policy) == pytest.approx(1 / 60)
+
+
+def test_class_without_a_ttft_objective_is_patient_for_the_short_window() -> None:
+    policy = service_policy(classes=[service_class(objectives={"tpotMilliseconds": 200})])
+    state = demand.update(demand_of(policy, 0), observation(61.0, classes={NAME: delta(15)}), policy)
+    assert _pressing(state, policy) == pytest.approx(14 / 7)
+
+
+def test_peak_finds_a_burst_that_no_longer_presses() -> None:
+    policy = service_policy()
+    state = demand.update(demand_of(policy, 0), observation(61.0, classes={NAME: delta(40)}), policy)
+    for tick in range(25):
+        state = demand.update(state, observation(62.0 + tick, classes={NAME: delta(0)}), policy)
+    peak = demand.peak_rate(state, NAME, policy, 30.0)
+    assert peak is not None
+    assert (peak.per_s, peak.arrivals) == (pytest.approx(39 / 1.9), 40)
+    assert _pressing(state, policy) < 2.0
+    assert demand.peak_rate(DemandState(), NAME, policy, 30.0) is None
 
 
 def test_counts_after_a_silence_cover_all_of_it() -> None:
@@ -93,7 +136,7 @@ def test_counts_after_a_silence_cover_all_of_it() -> None:
     state = demand.update(state, observation(61.0), policy)
     state = demand.update(state, observation(62.0), policy)
     state = demand.update(state, observation(63.0, classes={NAME: delta(12)}), policy)
-    rate = demand.short_rate(state, NAME, policy)
+    rate = demand.pressing_rate(state, NAME, policy)
     assert rate is not None
     assert rate.per_s == pytest.approx(4.0)
 

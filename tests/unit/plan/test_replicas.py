@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from prism_operator.plan import replicas
+from prism_operator.plan import budget, replicas
 from prism_operator.plan.types import (
+    BudgetState,
+    ClassBudgetState,
     DemandState,
     LoopSettings,
     PodView,
@@ -19,7 +21,7 @@ from prism_operator.plan.types import (
 )
 from tests.unit.plan.factories import demand_of, observation, pod, service_policy, starting_pod
 
-NOW_S = 1000.0
+NAME, NOW_S = "interactive", 1000.0
 FULL_HISTORY = ReplicaState(since_s=0.0)
 """One pod holds 5.6 requests a second at `full` and 9.0 at `b500`."""
 
@@ -55,19 +57,36 @@ def test_demand_that_fits_changes_nothing_and_says_why_not_fewer() -> None:
     assert "rejected 1: would not hold it" in plan.message
 
 
-def test_ask_must_last_through_the_up_window() -> None:
+def test_ask_that_the_floors_hold_must_last_through_the_up_window() -> None:
     state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, 1, 1),))
-    plan, _ = _decide(9, state=state)
+    floors_hold = 6
+    plan, _ = _decide(floors_hold, state=state)
     assert (plan.status, plan.reason, plan.replicas) == (Status.HOLD, Reason.STABILIZING, 1)
+    lasting = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, 2, 2),))
+    assert _decide(floors_hold, state=lasting)[0].replicas == 2
 
 
-def test_a_burst_that_the_floors_hold_must_last_twice_as_long_before_a_pod_is_ordered() -> None:
-    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 45, 1, 1),))
-    floors_hold, floors_do_not = 6, 9
-    assert _decide(floors_hold, state=state)[0].reason is Reason.STABILIZING
-    assert _decide(floors_do_not, state=state)[0].replicas == 2
+def test_ask_that_not_even_the_floors_hold_waits_for_nothing() -> None:
+    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, 1, 1),))
+    floors_do_not_hold = 10
+    assert _decide(floors_do_not_hold, state=state)[0].replicas == 2
+
+
+def test_ask_waits_for_nothing_where_the_budget_may_not_be_moved_and_the_load_does_not_fit() -> None:
+    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, 1, 1),))
     knob_off = service_policy(budget={"control": "Off"})
-    assert _decide(floors_hold, state=state, policy=knob_off)[0].replicas == 2
+    assert _decide(6, state=state, policy=knob_off)[0].replicas == 2
+
+
+@pytest.mark.parametrize(("per_s", "since_s", "urgent"), [(9, 6.0, True), (9, 5.0, False), (6, 6.0, False)])
+def test_fast_loop_hurries_an_order_while_the_load_does_not_fit_at_the_floors(
+    per_s: int, since_s: float, urgent: bool
+) -> None:
+    policy = service_policy()
+    memory = BudgetState({NAME: ClassBudgetState("b500", NOW_S - 100)})
+    pods = (pod(point="b500"),)
+    plan, _ = budget.decide(observation(NOW_S, pods), demand_of(policy, per_s, NOW_S), policy, memory)
+    assert replicas.urgent(plan, policy, since_s) is urgent
 
 
 def test_maximum_limits_and_is_named() -> None:

@@ -8,6 +8,7 @@ import pytest
 from prism_operator.plan import demand, need, rehearsal, replicas
 from prism_operator.plan.forecast import SCORED, ForecastState
 from prism_operator.plan.need import Ask
+from prism_operator.plan.surprise import Excess, SurpriseState
 from prism_operator.plan.types import Reason, Rehearsal, ReplicaPlan, ReplicaState, Status
 from tests.unit.plan.factories import delta, demand_of, load, observation, pod, service_policy
 
@@ -19,9 +20,15 @@ def _scaling(**changes: Any) -> dict[str, Any]:
     return {"minReplicas": 1, "maxReplicas": 100, "maxStep": 64, "headroom": "0.5", **changes}
 
 
-def _ask(per_s: int, forecasts: dict[str, ForecastState] | None = None, **spec: Any) -> Ask:
+def _ask(
+    per_s: int,
+    forecasts: dict[str, ForecastState] | None = None,
+    surprises: dict[str, SurpriseState] | None = None,
+    **spec: Any,
+) -> Ask:
     policy = service_policy(**{"scaling": _scaling(), **spec})
-    return need.ask(observation(NOW_S), demand_of(policy, per_s, NOW_S), policy, forecasts or {}, READY_S)
+    history = demand_of(policy, per_s, NOW_S)
+    return need.ask(observation(NOW_S), history, policy, forecasts or {}, surprises or {}, READY_S)
 
 
 def _decide(per_s: int, pods: int = 1, **spec: Any) -> ReplicaPlan:
@@ -85,6 +92,33 @@ def test_forecast_of_less_load_never_plans_below_the_load_there_is() -> None:
     errors = {"last": (2.0,) * SCORED, "holt": (0.1,) * SCORED}
     falling = ForecastState(at_s=NOW_S, rate_per_s=5.0, trend_per_s=-3.0, errors=errors)
     assert _ask(5, {NAME: falling}) == _ask(5)
+
+
+def test_surprises_of_the_past_are_held_at_the_floors_and_a_larger_headroom_covers_them() -> None:
+    """5/s need 0.89 replicas at full and 0.55 at the floor; once 30/s more came within a lead time: 35/s are 3.9."""
+    known = {NAME: SurpriseState(ended=(Excess(30.0, 100),))}
+    calm = _ask(5, scaling=_scaling(headroom="0.1"))
+    wary = _ask(5, surprises=known, scaling=_scaling(headroom="0.1"))
+    assert (calm.up, wary.up) == (1, 4)
+    assert wary.inputs["need_burst"] == pytest.approx(3.90, abs=0.01)
+    assert wary.down == 4
+    assert wary.nominal == {NAME: "full"}
+    small = {NAME: SurpriseState(ended=(Excess(1.0, 100),))}
+    assert _ask(56, surprises=small).up == _ask(56).up
+
+
+def test_headroom_that_is_set_learns_no_surprises() -> None:
+    for headroom, learns in ((None, True), ("0.10", False)):
+        policy = service_policy(scaling=_scaling(headroom=headroom))
+        history = demand_of(policy, 5, NOW_S, seconds=100)
+        _, state = replicas.decide(observation(NOW_S), history, policy, FULL_HISTORY)
+        assert bool(state.surprises) is learns
+
+
+def test_nothing_is_expected_before_the_long_window_is_full() -> None:
+    policy = service_policy()
+    _, state = replicas.decide(observation(NOW_S), demand_of(policy, 5, NOW_S, seconds=50), policy, FULL_HISTORY)
+    assert state.surprises == {}
 
 
 def test_forecast_that_is_switched_off_learns_nothing() -> None:
