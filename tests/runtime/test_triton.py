@@ -12,6 +12,7 @@ import torch
 
 from prism_runtime.kernels import aot
 from prism_runtime.kernels.activations import UnsupportedActivation, recognise
+from prism_runtime.kernels.triton_moe import Tile, Tiling
 
 HELD = Path(__file__).parent / "triton" / "aot.json"
 INTERPRETED = Path(__file__).parent / "triton" / "interpreted.py"
@@ -48,6 +49,15 @@ def test_a_program_that_spills_or_fits_fewer_blocks_or_leaves_the_tensor_cores_i
     ):
         found = held | {target: held[target] | {name: changed}}
         assert [problem.startswith(f"{target} {name}:") for problem in aot.worse(found, held)] == [True]
+
+
+def test_a_tile_that_spills_is_found_by_the_compiler_and_named() -> None:
+    """128 rows of 128 neurons and 4 warps: more accumulators than an sm_80 thread has registers."""
+    wide = Tile(128, 64, 4, 3)
+    (variant,) = [one for one in aot.products("prefill", Tiling(128, True, wide, wide)) if one.name == "up.prefill"]
+    found = {"sm_80": {variant.name: aot.compile_variant(variant, 80)}}
+    held = {"sm_80": {variant.name: aot.read(HELD)["sm_80"][variant.name]}}
+    assert any("bytes spilled a thread, held to 0" in problem for problem in aot.worse(found, held))
 
 
 @pytest.mark.parametrize("variant", aot.VARIANTS, ids=lambda variant: variant.name)

@@ -62,7 +62,8 @@ class Variant:
     scalars: Mapping[str, str] = field(default_factory=dict)
 
 
-def _products(phase: str, how: Tiling) -> Iterator[Variant]:
+def products(phase: str, how: Tiling) -> Iterator[Variant]:
+    """The two products as `how` cuts them."""
     tables = dict.fromkeys(("slot", "block_of", "start", "end"), INTEGER) | {"keep": BYTE}
     common = LAYER | {"BY_SLOT": how.by_slot, "UPCAST": False, "ROWS": how.rows}
     yield Variant(
@@ -119,9 +120,9 @@ def _others() -> Iterator[Variant]:
 
 SMALL: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 VARIANTS = (
-    *_products("decode", DECODE),
-    *_products("prefill", PREFILL),
-    *_products("prefill_atomic", PREFILL_ATOMIC),
+    *products("decode", DECODE),
+    *products("prefill", PREFILL),
+    *products("prefill_atomic", PREFILL_ATOMIC),
     *_others(),
 )
 

@@ -1,0 +1,20 @@
+"""The kernels page quotes evidence/gpu.json."""
+
+from evidence.kernels_page import PAGE, page, table
+
+
+def figure(value: float) -> dict[str, object]:
+    return {"value": value, "versions": {"device": "a GPU"}}
+
+
+def test_the_page_holds_the_figures_of_the_file() -> None:
+    text = PAGE.read_text()
+    assert page(text) == text
+
+
+def test_a_column_that_was_not_measured_for_some_tokens_is_empty_there() -> None:
+    figures = {name: figure(1.4) for name in ("device.gigabytes_per_second", "t8.n4.full", "t1024.n4.full")}
+    figures["t8.batched_mm.graph"] = figure(579.0)
+    lines = table(figures)
+    assert lines[0] == "Microseconds on one a GPU:"
+    assert [line.split(" | ")[2:4] for line in lines[-2:]] == [["579", "1"], ["", "1"]]
