@@ -1,7 +1,8 @@
 """One answer as text: token events in, pieces of text out, and the shapes of OpenAI's responses around them."""
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,18 +63,13 @@ class Answer:
         self._offset = 0
         self._stops = StopStrings(stops)
 
-    async def first(self) -> Piece:
-        """The first piece: after it the operating point is known. Raises GenerationFailed."""
-        return await self._next()
-
-    async def rest(self, first: Piece) -> AsyncIterator[Piece]:
-        """All pieces, beginning with `first`. Raises GenerationFailed."""
-        piece = first
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """All pieces to the one with a reason. Raises GenerationFailed."""
         while True:
+            piece = await self._next()
             yield piece
             if piece.finish_reason:
                 return
-            piece = await self._next()
 
     async def _next(self) -> Piece:
         event = await self.generation.next()
@@ -111,6 +107,58 @@ class Answer:
         return Piece(text + self._stops.flush(), event.reason, chance)
 
 
+async def merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Pieces of all choices as they come, each with its choice's index. Raises GenerationFailed if one fails.
+
+    Close it (`contextlib.aclosing`): several choices are read by tasks of their own.
+    """
+    if len(answers) == 1:
+        async for piece in answers[0].pieces():
+            yield 0, piece
+        return
+    read: asyncio.Queue[tuple[int, Piece | GenerationFailed]] = asyncio.Queue()
+
+    async def pump(index: int, answer: Answer) -> None:
+        try:
+            async for piece in answer.pieces():
+                read.put_nowait((index, piece))
+        except GenerationFailed as error:
+            read.put_nowait((index, error))
+
+    tasks = [asyncio.create_task(pump(index, answer)) for index, answer in enumerate(answers)]
+    try:
+        unfinished = len(answers)
+        while unfinished:
+            index, event = await read.get()
+            if isinstance(event, GenerationFailed):
+                raise event
+            unfinished -= event.finish_reason is not None
+            yield index, event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def usage_of(answers: Sequence[Answer]) -> Usage:
+    """Of all choices; they share one prompt."""
+    return Usage(answers[0].usage.prompt_tokens, sum(answer.usage.completion_tokens for answer in answers))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One whole answer."""
+
+    text: str
+    finish_reason: str
+    chances: Sequence[Chance]
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> "Choice":
+        text = "".join(piece.text for piece in pieces)
+        return cls(text, pieces[-1].finish_reason or "", [piece.chance for piece in pieces if piece.chance])
+
+
 class CompletionShape:
     """Bodies of /v1/completions."""
 
@@ -118,27 +166,28 @@ class CompletionShape:
         self._head = {"id": f"cmpl-{response_id}", "object": "text_completion", "created": int(time.time())}
         self._head |= {"model": model}
 
-    def opening(self) -> dict[str, Any] | None:
+    def opening(self, index: int) -> dict[str, Any] | None:
         return None
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         chances = [piece.chance] if piece.chance else []
-        return self._head | {"choices": [self._choice(piece.text, piece.finish_reason, chances)]}
+        return self._head | {"choices": [self._choice(index, piece.text, piece.finish_reason, chances)]}
 
-    def whole(self, text: str, finish_reason: str, usage: Usage, chances: Sequence[Chance]) -> dict[str, Any]:
-        return self._head | {"choices": [self._choice(text, finish_reason, chances)], "usage": usage.to_wire()}
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        listed = [self._choice(i, one.text, one.finish_reason, one.chances) for i, one in enumerate(choices)]
+        return self._head | {"choices": listed, "usage": usage.to_wire()}
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return self._head | {"choices": [], "usage": usage.to_wire()}
 
-    def _choice(self, text: str, finish_reason: str | None, chances: Sequence[Chance]) -> dict[str, Any]:
+    def _choice(self, index: int, text: str, finish_reason: str | None, chances: Sequence[Chance]) -> dict[str, Any]:
         logprobs = {
             "tokens": [chance.text for chance in chances],
             "token_logprobs": [chance.logprob for chance in chances],
             "top_logprobs": [dict(chance.top) for chance in chances],
             "text_offset": [chance.offset for chance in chances],
         }
-        return {"index": 0, "text": text, "logprobs": logprobs if chances else None, "finish_reason": finish_reason}
+        return {"index": index, "text": text, "logprobs": logprobs if chances else None, "finish_reason": finish_reason}
 
 
 class ChatShape:
@@ -147,33 +196,37 @@ class ChatShape:
     def __init__(self, response_id: str, model: str) -> None:
         self._head: dict[str, Any] = {"id": f"chatcmpl-{response_id}", "created": int(time.time()), "model": model}
 
-    def opening(self) -> dict[str, Any] | None:
-        return self._chunk({"role": "assistant", "content": ""}, None)
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return self._chunk(index, {"role": "assistant", "content": ""}, None)
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        return self._chunk({"content": piece.text}, piece.finish_reason, [piece.chance] if piece.chance else [])
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        return self._chunk(index, {"content": piece.text}, piece.finish_reason, [piece.chance] if piece.chance else [])
 
-    def whole(self, text: str, finish_reason: str, usage: Usage, chances: Sequence[Chance]) -> dict[str, Any]:
-        choice = self._choice(finish_reason, chances) | {"message": {"role": "assistant", "content": text}}
-        return self._head | {"object": "chat.completion", "choices": [choice], "usage": usage.to_wire()}
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        listed = [
+            self._choice(index, one.finish_reason, one.chances)
+            | {"message": {"role": "assistant", "content": one.text}}
+            for index, one in enumerate(choices)
+        ]
+        return self._head | {"object": "chat.completion", "choices": listed, "usage": usage.to_wire()}
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return self._head | {"object": "chat.completion.chunk", "choices": [], "usage": usage.to_wire()}
 
     def _chunk(
-        self, delta: dict[str, str], finish_reason: str | None, chances: Sequence[Chance] = ()
+        self, index: int, delta: dict[str, str], finish_reason: str | None, chances: Sequence[Chance] = ()
     ) -> dict[str, Any]:
-        choice = self._choice(finish_reason, chances) | {"delta": delta}
+        choice = self._choice(index, finish_reason, chances) | {"delta": delta}
         return self._head | {"object": "chat.completion.chunk", "choices": [choice]}
 
-    def _choice(self, finish_reason: str | None, chances: Sequence[Chance]) -> dict[str, Any]:
+    def _choice(self, index: int, finish_reason: str | None, chances: Sequence[Chance]) -> dict[str, Any]:
         content = [
             _chat_token(chance.text, chance.logprob)
             | {"top_logprobs": [_chat_token(text, logprob) for text, logprob in chance.top]}
             for chance in chances
         ]
         logprobs = {"content": content, "refusal": None} if chances else None
-        return {"index": 0, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {"index": index, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def _chat_token(text: str, logprob: float) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,18 @@ from aiohttp.web_protocol import RequestHandler
 from prometheus_client import CollectorRegistry
 
 from prism_runtime.engine.types import Rejected
-from prism_runtime.server.answers import Answer, ChatShape, CompletionShape, GenerationFailed, Piece, Shape
-from prism_runtime.server.dispatch import Dispatcher
+from prism_runtime.server.answers import (
+    Answer,
+    ChatShape,
+    Choice,
+    CompletionShape,
+    GenerationFailed,
+    Piece,
+    Shape,
+    merged,
+    usage_of,
+)
+from prism_runtime.server.dispatch import Dispatcher, Generation
 from prism_runtime.server.drain import Lifecycle, Phase
 from prism_runtime.server.errors import ApiError, failed, unavailable
 from prism_runtime.server.exposition import metrics_handler
@@ -36,6 +47,9 @@ INLINE_ENCODE_CHARACTERS = 4096
 """Longer texts are encoded on a thread: a full body takes long enough to stall every stream of the event loop."""
 QUALITY_HEADER = "x-prism-min-relative-quality"
 REQUEST_ID = web.RequestKey("request_id", str)
+Answers = Sequence[Answer]
+Indexed = tuple[int, Piece]
+"""A choice's index, and a piece of it."""
 TAKEN_OVER_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -137,48 +151,61 @@ class OpenAiApi:
         max_tokens: int,
         shape: Shape,
     ) -> web.StreamResponse:
-        sampling = body.sampling(max_tokens, self._model.eos_token_ids)
         service_class = self._dispatcher.engine_loop.classes.resolve(request.headers.get(self._class_header))
+        generations: list[Generation] = []
         try:
-            generation = self._dispatcher.submit(prompt, sampling, service_class)
+            for sampling in body.samplings(max_tokens, self._model.eos_token_ids):
+                generations.append(self._dispatcher.submit(prompt, sampling, service_class))
+            answers = [Answer(generation, self._codec, body.stops) for generation in generations]
+            async with aclosing(merged(answers)) as pieces:
+                first = await anext(pieces)
+                if body.stream:
+                    return await self._stream(request, answers, first, pieces, shape, body)
+                return await self._whole(request, answers, first, pieces, shape)
         except Rejected as rejected:
             raise ApiError.of(rejected) from rejected
-        try:
-            answer = Answer(generation, self._codec, body.stops)
-            first = await answer.first()
-            if body.stream:
-                return await self._stream(request, answer, first, shape, include_usage=body.include_usage)
-            return await self._whole(request, answer, first, shape)
         except GenerationFailed as error:
             raise failed(str(error)) from error
         finally:
-            generation.abandon()  # reached early only if the client is gone
+            for generation in generations:
+                generation.abandon()  # reached early only if the client is gone or another choice failed
 
-    async def _whole(self, request: web.Request, answer: Answer, first: Piece, shape: Shape) -> web.Response:
-        pieces = [piece async for piece in answer.rest(first)]
-        chances = [piece.chance for piece in pieces if piece.chance]
-        text, reason = "".join(piece.text for piece in pieces), pieces[-1].finish_reason or ""
-        response = web.json_response(shape.whole(text, reason, answer.usage, chances))
-        self._head(request, response, answer)
+    async def _whole(
+        self, request: web.Request, answers: Answers, first: Indexed, pieces: AsyncIterator[Indexed], shape: Shape
+    ) -> web.Response:
+        by_choice: list[list[Piece]] = [[] for _ in answers]
+        by_choice[first[0]].append(first[1])
+        async for index, piece in pieces:
+            by_choice[index].append(piece)
+        response = web.json_response(shape.whole([Choice.of(each) for each in by_choice], usage_of(answers)))
+        self._head(request, response, answers[first[0]])
         return response
 
     async def _stream(
-        self, request: web.Request, answer: Answer, first: Piece, shape: Shape, *, include_usage: bool
+        self,
+        request: web.Request,
+        answers: Answers,
+        first: Indexed,
+        pieces: AsyncIterator[Indexed],
+        shape: Shape,
+        body: CompletionRequest | ChatRequest,
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        self._head(request, response, answer)
+        self._head(request, response, answers[first[0]])
         await response.prepare(request)
-        if opening := shape.opening():
-            await response.write(_event(opening))
+        for index in range(len(answers)):
+            if opening := shape.opening(index):
+                await response.write(_event(opening))
         try:
-            async for piece in answer.rest(first):
-                await response.write(_event(shape.chunk(piece)))
+            await response.write(_event(shape.chunk(*first)))
+            async for index, piece in pieces:
+                await response.write(_event(shape.chunk(index, piece)))
         except GenerationFailed as error:
             await response.write(_event(failed(str(error)).body))
             await response.write_eof()
             return response
-        if include_usage:
-            await response.write(_event(shape.usage(answer.usage)))
+        if body.include_usage:
+            await response.write(_event(shape.usage(usage_of(answers))))
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response

@@ -7,6 +7,7 @@ and those of OpenAI's API that this runtime does not implement are accepted only
 import json
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
@@ -15,7 +16,6 @@ from prism_runtime.engine.types import Sampling
 from prism_runtime.server.errors import ApiError
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -41,6 +41,7 @@ StopString = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
 MOST_BIASED = 300
+MOST_CHOICES = 16
 Penalty = Annotated[float, Field(ge=-2, le=2, strict=True)]
 Bias = Annotated[float, Field(ge=-100, le=100, strict=True)]
 TokenKey = Annotated[StrictStr, Field(pattern=r"^[0-9]{1,9}$")]
@@ -61,6 +62,7 @@ class _Sampled(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: StrictStr
+    n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] = 1
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, strict=True)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, strict=True)] = 1.0
@@ -81,8 +83,12 @@ class _Sampled(BaseModel):
     def reported_logprobs(self) -> int | None:
         """How many alternatives to report with each token; None reports no probabilities."""
 
-    def sampling(self, max_tokens: int, eos_token_ids: frozenset[int]) -> Sampling:
-        """What the engine is asked for."""
+    def samplings(self, max_tokens: int, eos_token_ids: frozenset[int]) -> list[Sampling]:
+        """What the engine is asked for, one for each choice: with a seed the next one draws from the next seed."""
+        first = self._sampling(max_tokens, eos_token_ids)
+        return [first if self.seed is None else replace(first, seed=self.seed + index) for index in range(self.n)]
+
+    def _sampling(self, max_tokens: int, eos_token_ids: frozenset[int]) -> Sampling:
         return Sampling(
             max_tokens=max_tokens,
             temperature=self.temperature,
