@@ -2,13 +2,15 @@
 
 A fit is a file of `refactor/stages.py`: safetensors with JSON beside them, nothing that executes, complete or absent,
 verified by its digest when it is read. It is named by everything that it depends on, the source of the modules that
-fit included, so a change of any of them makes a new file; the old one of the same question is removed.
+fit included, so a change of any of them makes a new file. Of one question the newest few files stay: checkouts with
+different code may measure side by side.
 """
 
 import ast
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from tests.localcluster.paths import cache
 
 PACKAGE = "prism_runtime"
 FITTING = ("prism_runtime.refactor.fit", "prism_runtime.refactor.paper")
+VERSIONS_KEPT = 3
 LIBRARIES = ("numpy", "torch", "transformers")
 
 Facts = Mapping[str, Any]
@@ -49,10 +52,16 @@ class FitCache:
             path.unlink(missing_ok=True)
         self._fitted.add(stage.name)
         output = self._work.run(stage, compute)
-        for other in self._folder.glob(f"{stage.name}.*.safetensors"):
-            if other != path:
-                other.unlink(missing_ok=True)
+        self._forget_old(stage.name)
         return output
+
+    def _forget_old(self, name: str) -> None:
+        ages = []
+        for path in self._folder.glob(f"{name}.*.safetensors"):
+            with suppress(FileNotFoundError):  # another process forgets, too
+                ages.append((path.stat().st_mtime_ns, path))
+        for _, path in sorted(ages)[:-VERSIONS_KEPT]:
+            path.unlink(missing_ok=True)
 
 
 def digest_of_sequences(sequences: Sequence[TokenSequence]) -> str:

@@ -1,6 +1,7 @@
 """How the figures of the refactoring engine are kept, chosen and written; the fits themselves are made elsewhere."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,13 +69,17 @@ def test_refit_makes_a_fit_again_but_once_a_process(tmp_path: Path) -> None:
     assert taken(FitCache(MODEL, folder=tmp_path), fitting, seed=0) == 2
 
 
-def test_changed_code_fits_again_and_leaves_no_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_code_fits_again_and_the_newest_versions_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fitting = Fitting()
-    taken(FitCache(MODEL, folder=tmp_path), fitting, seed=0)
     taken(FitCache(MODEL, folder=tmp_path), fitting, seed=1)
-    monkeypatch.setattr(refactor_cache, "code_digest", lambda _: "other code")
-    assert taken(FitCache(MODEL, folder=tmp_path), fitting, seed=0) == 3
-    assert len(files(tmp_path)) == 2
+    for version in range(5):
+        monkeypatch.setattr(refactor_cache, "code_digest", lambda _, version=version: f"code {version}")
+        assert taken(FitCache(MODEL, folder=tmp_path), fitting, seed=0) == version + 2
+        os.utime(max(files(tmp_path), key=lambda path: path.stat().st_mtime_ns), ns=(version, version))
+    assert len(files(tmp_path)) == 1 + refactor_cache.VERSIONS_KEPT  # the other question's, and the newest of this one
+    assert taken(FitCache(MODEL, folder=tmp_path), fitting, seed=0) == 6
+    monkeypatch.setattr(refactor_cache, "code_digest", lambda _: "code 0")
+    assert taken(FitCache(MODEL, folder=tmp_path), fitting, seed=0) == 7
 
 
 def test_a_damaged_fit_is_made_again(tmp_path: Path) -> None:
