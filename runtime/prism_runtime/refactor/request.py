@@ -31,8 +31,8 @@ UNSERVED_GATES = {
     "neurons": "a regression on gate neurons wants those neurons before the kernels know which run. Use --gate ridge",
     "quadratic": "a low-rank product of two projections is not what the kernels evaluate, one row of weights a "
     "sub-expert. Use --gate ridge",
-    "gate-first": "it runs the whole gate projection, a third of an expert, and keeps scattered neurons, while the kernels "
-    "run slices. Use --gate ridge",
+    "gate-first": "it runs the whole gate projection, a third of an expert, and keeps scattered neurons, while the "
+    "kernels run slices. Use --gate ridge",
 }
 INGREDIENTS = ("token-factor", "second-pass", "adaptive-gate")
 PATHS = ("model", "calibration", "evaluation")
