@@ -108,14 +108,16 @@ def ramp_policy(headroom: str | None = None) -> ServicePolicy:
 
 
 @cache
-def ramp_run(speed_up: float, law: bool, seed: int, headroom: str | None = None) -> Score:
+def ramp_run(speed_up: float, law: bool, seed: int, headroom: str | None = None, governors: bool = False) -> Score:
     """One episode of llm-d's ramp, under its law or under Prism with a knob of `speed_up`."""
     policy = ramp_policy(headroom)
     controller: Controller = Prism(policy)
     if law:
         controller = KedaSlo(ramp.TTFT_MS / 1000, ramp.TPOT_MS / 1000, ramp.LEAST, ramp.MOST)
     profile = ramp.knob(ramp.shipped_profile(ramp.PROFILE), speed_up)
-    fleet = Fleet(policy, profile, ramp.LEAST, lambda n: ramp.START_S, controller, World(seed=seed))
+    fleet = Fleet(
+        policy, profile, ramp.LEAST, lambda n: ramp.START_S, controller, World(seed=seed, governors=governors)
+    )
     ramp.play(fleet, seed)
     return score(fleet, controller.name, seed)
 
@@ -208,9 +210,9 @@ def _law(value: Callable[[Score], float]) -> Callable[[], Sequence[float | None]
 
 
 def _prism(
-    value: Callable[[Score], float | None], speed_up: float = SPEED_UPS[0], headroom: str | None = None
+    value: Callable[[Score], float | None], speed_up: float, headroom: str | None, governors: bool
 ) -> Callable[[], Sequence[float | None]]:
-    return lambda: [value(ramp_run(speed_up, False, seed, headroom)) for seed in RAMP_SEEDS]
+    return lambda: [value(ramp_run(speed_up, False, seed, headroom, governors)) for seed in RAMP_SEEDS]
 
 
 def times_real_time() -> list[float]:
@@ -255,15 +257,20 @@ COLLECTORS = {
     "llmd.law.attainment": Collector("share", RAMP_HOW, _law(lambda one: one.attainment), RAMP_SEEDS),
     "llmd.law.replicas": Collector("replicas", RAMP_HOW, _law(lambda one: one.mean_replicas), RAMP_SEEDS),
 }
-for _prefix, _speed_up, _headroom in (
-    ("llmd.prism", SPEED_UPS[0], None),
-    *((f"llmd.prism.h{_h:g}", _h, None) for _h in SPEED_UPS[1:]),
-    *((f"llmd.prism.h{_h:g}.fixed_headroom", _h, FIXED_HEADROOM) for _h in SPEED_UPS),
+for _prefix, _speed_up, _headroom, _governors in (
+    ("llmd.prism", SPEED_UPS[0], None, False),
+    *((f"llmd.prism.h{_h:g}", _h, None, False) for _h in SPEED_UPS[1:]),
+    *((f"llmd.prism.h{_h:g}.fixed_headroom", _h, FIXED_HEADROOM, False) for _h in SPEED_UPS),
+    ("llmd.prism.with_governors", SPEED_UPS[0], None, True),
 ):
     _set = "every setting at its default" if _headroom is None else f"scaling.headroom {_headroom}, nothing learned"
+    _pods = ", pods with governors" if _governors else ""
     for _name, _unit, _value in MEASURES:
         COLLECTORS[f"{_prefix}.{_name}"] = Collector(
-            _unit, f"{RAMP_HOW}, H = {_speed_up:g}, {_set}", _prism(_value, _speed_up, _headroom), RAMP_SEEDS
+            _unit,
+            f"{RAMP_HOW}, H = {_speed_up:g}, {_set}{_pods}",
+            _prism(_value, _speed_up, _headroom, _governors),
+            RAMP_SEEDS,
         )
 PARETO_HOW = f"{COMMAND}: {len(EPISODES)} traces, {len(BASELINES)} baselines; every cell in {CELLS.name}"
 COLLECTORS |= {

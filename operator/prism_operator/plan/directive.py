@@ -15,7 +15,7 @@ def build(
 ) -> Directive | None:
     """The whole state that `plan` asks for, fenced by (epoch, sequence); None if the plan asks for nothing yet.
 
-    Pods' governors get the thresholds and dwells of the operator's own fast loop, so that both judge alike.
+    Pods' governors get the dwells of the operator's own fast loop.
     """
     if not plan.classes:
         return None
@@ -44,7 +44,7 @@ def build(
         classes=classes,
         envelope=Envelope(ttl_ms=policy.effective.envelope_ttl_s * 1000, safe_point=policy.safe_point),
         governor=GovernorSettings(
-            high=round(policy.loop.high * 1000),
+            high=round(policy.loop.governor_high * 1000),
             low=round(policy.loop.low * 1000),
             dwell_down_ms=policy.effective.dwell_down_ms,
             dwell_up_ms=policy.effective.dwell_up_ms,

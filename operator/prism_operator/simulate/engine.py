@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from prism_api.control import Fence
 from prism_api.profile import Profile
 from prism_operator.simulate.counters import Counters
+from prism_operator.simulate.governor import PodGovernor
 from prism_operator.simulate.workload import SimRequest
 
 
@@ -75,6 +76,9 @@ class EngineModel:
         )
 
 
+_NO_FLOORS: Mapping[str, str] = {}
+
+
 def erlang_p90(count: int) -> float:
     """90 % quantile of the time until the `count`-th event of a Poisson process of rate 1 (Wilson and Hilferty)."""
     return count * (1 - 1 / (9 * count) + 1.2815515594 / (3 * math.sqrt(count))) ** 3
@@ -117,6 +121,7 @@ class SimPod:
 
     ready_s   None: it never becomes ready
     slow      factor on every step: a pod on a bad node
+    governor  moves the pod's points between two orders; None: it stays where it is told to be
     gone      crashed, or drained and deleted
     """
 
@@ -128,6 +133,7 @@ class SimPod:
     points: dict[str, str]
     noise: random.Random
     slow: float = 1.0
+    governor: PodGovernor | None = None
     stopping: bool = False
     gone: bool = False
     outstanding: int = 0
@@ -216,9 +222,13 @@ class SimPod:
         # Only the head of the queue can be admitted: a queue that waits already is not helped by one more.
         return len(self.waiting) == 1 and self._can_admit(request) and self._cut(now_s)
 
-    def set_points(self, points: Mapping[str, str], now_s: float) -> bool:
-        """Take new points from the next step on; True if `wake_s` changed."""
+    def set_points(self, points: Mapping[str, str], now_s: float, floors: Mapping[str, str] = _NO_FLOORS) -> bool:
+        """Take new points from the next step on; True if `wake_s` changed. `floors`: how far a governor may sink."""
         ordered = {**self.points, **points}
+        if self.governor is not None:
+            self.settle(now_s)
+            self.governor.order(points, floors, now_s)
+            ordered = self.governor.points
         if ordered == self._ordered:
             return False
         self._ordered = ordered
@@ -230,6 +240,10 @@ class SimPod:
     def settle(self, now_s: float) -> None:
         """Count the steps that have ended by `now_s`, so that counters are true at that time."""
         self._settle(now_s)
+        if self._run is None and self.governor is not None:
+            self.governor.idle_until(now_s)
+            self._ordered = self.governor.points
+            self._take_points()
 
     def advance(self, now_s: float) -> None:
         """End the run in progress, which is due, and begin the next."""
@@ -276,8 +290,21 @@ class SimPod:
         self.points = self._ordered
         self._costs = {name: self.model.points[point] for name, point in self.points.items()}
 
+    def _govern(self, now_s: float) -> float:
+        """Let the governor move before the next step; until when it will not move again by time alone."""
+        if self.governor is None:
+            return math.inf
+        oldest_s: dict[str, float] = {}
+        for request in self.waiting:
+            if request.first_s is None:
+                oldest_s.setdefault(request.service_class, request.arrived_s)
+        if self.governor.follow(oldest_s, now_s):
+            self._ordered = self.governor.points
+        return self.governor.next_s(oldest_s, now_s)
+
     def _begin(self, now_s: float) -> None:
         self.version += 1
+        governed_s = self._govern(now_s)
         if self.points is not self._ordered:
             self._take_points()
         prefill, kv_left = self._prefill()
@@ -301,6 +328,8 @@ class SimPod:
         steps = 1
         if not prefill:
             steps = max(1, min(self._ends[0][0] - self.steps, kv_left // len(self._ends)))
+        if governed_s < math.inf:
+            steps = max(1, min(steps, math.ceil((governed_s - now_s) / (base + variable))))
         factor = self.slow
         if self.model.noise:
             # The mean of n independent factors; one draw for a run keeps the cost of a run constant.
@@ -353,6 +382,8 @@ class SimPod:
         run.first_s += done * run.growth_s
         run.steps -= done
         self.busy_s += lasted_s
+        if self.governor is not None:
+            self.governor.stepped([name for name, active in self._active.items() if active], lasted_s / done, done)
         self.steps += done
         for name, active in self._active.items():
             cost = self._costs[name]

@@ -18,6 +18,7 @@ from prism_operator.plan.types import Observation, PodView, ServicePolicy
 from prism_operator.simulate.control import Controller, Orders, PodSignals, Prism, Signals, Tick
 from prism_operator.simulate.counters import Counters, total
 from prism_operator.simulate.engine import EngineModel, SimPod
+from prism_operator.simulate.governor import PodGovernor
 from prism_operator.simulate.workload import SimRequest
 from prism_operator.simulate.world import StartTime, World
 
@@ -104,6 +105,7 @@ class Fleet:
         self._order = itertools.count()
         self._losses = self.world.stream("reports")
         self._failures = self.world.stream("failures")
+        self._routing = self.world.stream("routing")
         for _ in range(pods):
             self._add_pod(ready_s=0.0)
 
@@ -181,15 +183,17 @@ class Fleet:
         if ready_s is None:
             takes_s = None if fate.random() < self.world.never_ready else self.start_s(number)
             ready_s = None if takes_s is None else self.now_s + takes_s
+        full = dict.fromkeys(self._points, "full")
         pod = SimPod(
             name=f"pod-{number}",
             number=number,
             created_s=self.now_s,
             ready_s=ready_s,
             model=self._model,
-            points=dict.fromkeys(self._points, "full"),
+            points=full,
             noise=self.world.stream(f"noise/{number}"),
             slow=self.world.slow_factor if fate.random() < self.world.slow_pods else 1.0,
+            governor=PodGovernor(self.policy, full, self.now_s) if self.world.governors else None,
         )
         self.pods.append(pod)
         if ready_s is not None:
@@ -257,7 +261,7 @@ class Fleet:
     def _arrive(self, request: SimRequest) -> None:
         name = request.service_class
         self._offered += 1
-        pod = min(self._routable, key=_outstanding, default=None)
+        pod = self._chosen()
         counters = self._gateway[name] if pod is None else pod.counters[name]
         counters.arrived += 1
         counters.prompt_tokens += request.prompt_tokens
@@ -269,6 +273,11 @@ class Fleet:
             self._predictions.append((self.now_s, pod.predicted_ttft_s(request, self.now_s)))
         if pod.submit(request, self.now_s):
             self._wake(pod)
+
+    def _chosen(self) -> SimPod | None:
+        if self.world.random_routing and self._routable:
+            return self._routing.choice(self._routable)
+        return min(self._routable, key=_outstanding, default=None)
 
     def _wake(self, pod: SimPod) -> None:
         at_s, version = pod.wake_s, pod.version
@@ -322,7 +331,7 @@ class Fleet:
             own = orders.pod_points.get(pod.name)
             points = orders.points if own is None else dict.fromkeys(self._points, own)
             pod.held = fence
-            if pod.set_points(points, self.now_s):
+            if pod.set_points(points, self.now_s, orders.floors):
                 self._wake(pod)
 
     def _signals(self) -> Signals:

@@ -20,6 +20,8 @@ class World:
     crashes_per_hour  rate at which a ready pod crashes; its requests are lost, the Deployment replaces it
     slow_pods         chance that a pod is on a bad node, where every step takes `slow_factor` times as long
     drain_s           how long a pod that is told to stop may finish its requests
+    random_routing    each request goes to a ready pod by chance, as kube-proxy has it, and not to the least busy one
+    governors         pods move by themselves inside the envelope of a policy that gives one
     """
 
     seed: int = 0
@@ -32,6 +34,8 @@ class World:
     slow_pods: float = 0.0
     slow_factor: float = 1.5
     drain_s: float = 600.0
+    random_routing: bool = False
+    governors: bool = False
 
     def stream(self, name: str) -> random.Random:
         return random.Random(f"{self.seed}/{name}")

@@ -21,7 +21,7 @@ def test_directive_carries_the_plan_the_objectives_and_the_fence() -> None:
     assert (target.ttft_ms, target.tpot_ms) == (1500, 200)
     assert (built.fence.epoch, built.fence.sequence, built.holder) == (3, 9, "me")
     assert (built.envelope.ttl_ms, built.envelope.safe_point) == (20_000, "b875")
-    assert (built.governor.high, built.governor.low, built.governor.dwell_up_ms) == (600, 400, 4000)
+    assert (built.governor.high, built.governor.low, built.governor.dwell_up_ms) == (900, 400, 4000)
     assert (built.model_digest, built.default_class, built.reason) == (DIGEST, "interactive", "Adopted")
 
 
