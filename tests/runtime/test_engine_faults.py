@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from prism_api.profile import PointProfile, Profile
 from prism_runtime.engine.engine import Engine
-from prism_runtime.engine.types import Finished, FinishReason, Rejected, Token
+from prism_runtime.engine.types import Finished, FinishReason, Overloaded, Promise, Rejected, Token
 from tests.runtime.models import (
     VOCABULARY,
     endings,
@@ -204,3 +205,30 @@ def test_report_prices_a_step_by_its_sequences_context_and_prompt_tokens() -> No
     assert (second.decode_sequences, second.context_tokens, second.prefill_tokens) == (2, 16, 0)
     assert not second.idle
     assert engine.load().kv_blocks_used == 2
+
+
+def test_engine_that_sheds_refuses_who_would_come_too_late_and_takes_whom_it_can_serve_in_time() -> None:
+    engine = tiny_engine(prefill_tokens_per_step=16, shed_above=2.0, clock=lambda: 0.0)
+    cost = PointProfile(
+        step_base_nanoseconds=10**9,
+        step_per_sequence_nanoseconds=0,
+        step_per_kilotoken_nanoseconds=0,
+        prefill_base_nanoseconds=0,
+        prefill_per_token_nanoseconds=0,
+    )
+    limits = {"max_sequences": 4, "kv_tokens": 384, "prefill_tokens_per_step": 16}
+    engine.costs.take(
+        Profile(accelerator="x", provenance="x", points=dict.fromkeys(engine.ladder.names, cost), **limits)
+    )
+    hurried = Promise(ttft_s=2.0)
+    for name in ("a", "b", "c"):
+        engine.submit(request(name, prompts([20], seed=ord(name))[0], max_tokens=2, promise=hurried))
+    engine.step()
+    with pytest.raises(Overloaded) as refused:
+        engine.submit(request("late", (3,) * 40, max_tokens=2, promise=hurried))
+    assert refused.value.retry_after_s > 2.0
+    engine.submit(request("unhurried", (3,) * 40, max_tokens=2))
+    engine.submit(request("urgent", (3,) * 4, max_tokens=2, priority=9, promise=hurried))
+    assert set(endings(run(engine)).values()) == {"length"}
+    engine.submit(request("late", (3,) * 80, max_tokens=2, promise=hurried))
+    assert endings(run(engine)) == {"late": "length"}, "an idle engine takes everybody"

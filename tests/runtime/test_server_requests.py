@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from prism_runtime.engine.types import Overloaded
 from prism_runtime.server.openai import MAX_BODY_BYTES
 from tests.runtime.serving.engine import END, MODEL, ScriptedEngine
 from tests.runtime.serving.process import serving
@@ -265,5 +266,27 @@ def test_first_error_of_a_failing_step_is_500_and_the_next_request_is_served() -
             metrics = await served.metrics()
             assert metrics['prism_runtime_requests_total{class="default",outcome="missed"}'] == 1
             assert metrics["prism_runtime_failed_steps_total"] == 1
+
+    asyncio.run(scenario())
+
+
+def test_request_without_room_is_answered_429_with_the_time_to_come_back_and_counted_as_shed() -> None:
+    async def scenario() -> None:
+        engine = ScriptedEngine()
+        async with serving(engine) as served:
+            engine.overloaded = Overloaded(wait_s=4.2, ttft_s=1.0)
+            document = {"model": MODEL, "prompt": "hello"}
+            async with served.http.post(f"{served.url}/v1/completions", json=document) as response:
+                assert (response.status, response.headers["Retry-After"]) == (429, "4")
+                error = (await response.json())["error"]
+            assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
+            assert error["message"] == (
+                "class 'default' has no room: the first token would come in 4.2 s, 1 s are promised; retry in 4 s"
+            )
+            engine.overloaded = None
+            assert (await served.complete())[0] == 200
+            totals = served.process.accounting.totals["default"]
+            assert (totals.arrived, totals.shed, totals.met) == (2, 1, 1)
+            assert not served.process.engine_loop.signals.in_flight()
 
     asyncio.run(scenario())

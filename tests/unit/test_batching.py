@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prism_api.profile import PointProfile, Profile
+from prism_runtime.engine.backlog import Ahead, Backlog
 from prism_runtime.engine.batching import Arrangement, Fifo, Outlook, Paper, Slack, deadline_s
 from prism_runtime.engine.blocks import Context
 from prism_runtime.engine.costs import StepCosts
@@ -224,3 +225,21 @@ def test_costs_follow_the_machine_and_one_odd_step_moves_them_little() -> None:
         priced.observe({0: 2}, 0, {0: 100}, 0.044)
     assert priced.factor == pytest.approx(2.0, rel=0.01)
     assert priced.seconds({FULL: 1}, 0, {}) == pytest.approx(0.030, rel=0.01)
+
+
+def test_a_new_request_waits_until_those_of_its_priority_are_read_and_have_left_it_a_place() -> None:
+    reading, gold, bulk = sequence(prompt=150), sequence(prompt=100, priority=9), sequence(prompt=300)
+    decoding = [sequence(generated=45), sequence(generated=30)]
+    backlog = Backlog.of(decoding, [reading], [gold, bulk], free=2, most_read=100, step_s=0.01)
+    assert backlog.wait_s(9, 50) == pytest.approx(0.03)
+    assert backlog.wait_s(0, 50) == pytest.approx(0.06 + 0.05), "550 tokens, and five until the first place is free"
+    assert backlog.wait_s(0, 50, [Ahead(0, 100, running=False)]) == pytest.approx(0.07 + 0.20)
+    assert Backlog().wait_s(0, 50) is None
+    assert Backlog.of(decoding, [reading], [gold, bulk], free=2, most_read=100, step_s=None).wait_s(0, 50) is None
+
+
+def test_the_price_of_a_step_at_the_floors_is_what_it_would_take_were_everybody_lowered() -> None:
+    decoding = [sequence(generated=1), sequence(generated=1, floor=2), sequence(generated=1, floor=FULL)]
+    arrangement = Slack(costs()).arrange(outlook(decoding))
+    assert [arrangement.point_of(one) for one in decoding] == [FULL] * 3
+    assert arrangement.floor_s == pytest.approx(0.010 + 0.001 + 0.003 + 0.005)

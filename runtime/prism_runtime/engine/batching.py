@@ -44,13 +44,15 @@ class Outlook:
 class Arrangement:
     """One step: which of the decoding sequences run, how many prompt tokens may be read, and everybody's point.
 
-    A sequence of which `reads` is false reads nothing of its prompt in this step and does not start.
+    A sequence of which `reads` is false reads nothing of its prompt in this step and does not start. `floor_s` is what
+    the step would take with everybody at the lowest point that they may run at; None if the policy does not know.
     """
 
     decode: Items[Sequence]
     most_read: int
     point_of: PointOf
     reads: Callable[[Sequence], bool] = lambda sequence: True
+    floor_s: float | None = None
 
 
 class Policy(ABC):
@@ -136,7 +138,7 @@ class Slack(Policy):
         if decode and whole_s > in_time_s:
             share = max(0.0, in_time_s - bare_s) / (whole_s - bare_s) if whole_s > bare_s else 1.0
             most = max(-(-most // self.LEAST_READ_SHARE), int(share * sum(count for _, count in read)))
-        return Arrangement(decode, most, point_of)
+        return Arrangement(decode, most, point_of, floor_s=self._seconds(decode, read, lowering.at(lowering.levels)))
 
     def _left_s(self, sequence: Sequence, now_s: float) -> float:
         tpot_s = sequence.request.promise.tpot_s

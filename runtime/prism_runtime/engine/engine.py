@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prism_api.manifest import Manifest
 from prism_api.points import Ladder
+from prism_runtime.engine.backlog import Ahead
 from prism_runtime.engine.batching import POLICIES
 from prism_runtime.engine.blocks import BlockPool, blocks_for
 from prism_runtime.engine.costs import StepCosts
@@ -27,6 +28,7 @@ from prism_runtime.engine.types import (
     Event,
     Finished,
     FinishReason,
+    Overloaded,
     Plan,
     Rejected,
     Request,
@@ -51,6 +53,8 @@ class Engine:
     seed                     source of the seeds of requests that bring none
     gates                    needed if the tables have threshold or batch points, one for each MoE layer
     policy                   key of `batching.POLICIES`: who runs in a step, at which operating point
+    shed_above               refuse a request whose first token would come later than so many times its objective, even
+                             with every budget at its floor; None takes everything in
     clock                    of deadlines; with another one steps depend on nothing but their requests and the seed
 
     `costs` price steps for the policy, once they have a profile. `drift` holds the budget of threshold points at the
@@ -73,6 +77,7 @@ class Engine:
         seed: int = 0,
         gates: Sequence[GatedLayer] = (),
         policy: str = "slack",
+        shed_above: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         _check_limits(model, max_sequences, max_context_tokens, kv_tokens, prefill_tokens_per_step)
@@ -103,6 +108,7 @@ class Engine:
         )
         self.plan = Plan(version=0, class_point=(len(self.ladder) - 1,) * classes)
         self._clock = clock
+        self._shed_above = shed_above
         self._lock = threading.Lock()
         self._submitted: deque[tuple[Request, float]] = deque()
         self._cancelled: dict[str, None] = {}
@@ -140,13 +146,24 @@ class Engine:
         )
 
     def submit(self, request: Request) -> None:
-        """Queue a request for the next step. Raises Rejected, and then nothing was queued."""
+        """Queue a request for the next step. Raises Rejected or Overloaded, and then nothing was queued."""
         self.validate(request)
         with self._lock:
+            self._refuse_if_hopeless(request)
             if request.request_id in self._in_flight:
                 raise Rejected("a request of this id is in flight already", "request_id")
             self._in_flight.add(request.request_id)
             self._submitted.append((request, self._clock()))
+
+    def _refuse_if_hopeless(self, request: Request) -> None:
+        """Shedding comes after the last means: the wait is that with every budget at its floor."""
+        ttft_s = request.promise.ttft_s
+        if self._shed_above is None or ttft_s is None or not self._in_flight:
+            return
+        others = [Ahead(one.priority, len(one.prompt), running=False) for one, _ in self._submitted]
+        wait_s = self.scheduler.backlog.wait_s(request.priority, len(request.prompt), others)
+        if wait_s is not None and wait_s > self._shed_above * ttft_s:
+            raise Overloaded(wait_s, ttft_s)
 
     def cancel(self, request_id: str) -> None:
         """End a request in the next step, with Finished(CANCELLED). Unknown and finished ids are ignored."""

@@ -121,7 +121,7 @@ class EngineLoop:
             raise TimeoutError(f"the engine's step did not end within {timeout_s:g} s")
 
     def submit(self, request: Request, class_name: str) -> None:
-        """Queue a request. Raises Rejected, and then nothing was queued."""
+        """Queue a request. Raises Rejected or Overloaded, and then nothing was queued."""
         self.signals.submitted(request, class_name, self._clock())
         try:
             self.engine.submit(request)

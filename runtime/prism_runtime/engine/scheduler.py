@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+from prism_runtime.engine.backlog import Backlog
 from prism_runtime.engine.batching import Arrangement, Outlook, Policy
 from prism_runtime.engine.blocks import BlockPool
 from prism_runtime.engine.prefix_cache import BLOCK_TOKENS
@@ -40,6 +41,7 @@ class Scheduler:
         self.policy = policy
         self.running: dict[str, Sequence] = {}
         self.counts = Counts()
+        self.backlog = Backlog()
         self._waiting: dict[str, Sequence] = {}
         self._max_sequences = max_sequences
         self._cap = prefill_tokens_per_step
@@ -88,7 +90,11 @@ class Scheduler:
             top=lambda sequence: class_point[sequence.request.service_class],
             most_read=self._cap,
         )
-        return self.policy.arrange(outlook)
+        step = self.policy.arrange(outlook)
+        self.backlog = Backlog.of(
+            decoding, outlook.reading, outlook.waiting, outlook.free, outlook.most_read, step.floor_s
+        )
+        return step
 
     def advance(self, piece: Slice) -> None:
         """A slice was run."""

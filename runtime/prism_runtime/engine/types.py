@@ -157,3 +157,11 @@ class Rejected(ValueError):
     def __init__(self, message: str, parameter: str) -> None:
         super().__init__(message)
         self.parameter = parameter
+
+
+class Overloaded(Exception):
+    """A request refused because its first token would come far too late, whatever budgets sink to."""
+
+    def __init__(self, wait_s: float, ttft_s: float) -> None:
+        super().__init__(f"the first token would come in {wait_s:.1f} s, {ttft_s:g} s are promised")
+        self.retry_after_s = wait_s - ttft_s

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import TypeVar
 
 from prism_runtime.engine.governor import ServiceClass
 from prism_runtime.engine.loop import EngineLoop, SwapDone
-from prism_runtime.engine.types import Event, Finished, FinishReason, Promise, Request, Sampling, Token
+from prism_runtime.engine.types import Event, Finished, FinishReason, Overloaded, Promise, Request, Sampling, Token
 from prism_runtime.server.accounting import Accounting, Passage
 from prism_runtime.server.errors import ApiError
 from prism_runtime.server.metrics import Latencies
@@ -82,16 +83,9 @@ class Dispatcher:
     # -- the door -----------------------------------------------------------------------------------------------
 
     def submit(self, prompt: tuple[int, ...], sampling: Sampling, service_class: ServiceClass) -> Generation:
-        """Admit a request. Raises ApiError 429 if its class is being shed, Rejected if the engine refuses it."""
+        """Admit a request. Raises ApiError 429 if it or its class is being shed, Rejected if the engine refuses it."""
         if service_class.shed:
-            self._accounting.shed(service_class)
-            raise ApiError(
-                429,
-                f"class '{service_class.name}' takes no requests for now; retry in {SHED_RETRY_AFTER_S} s",
-                kind="rate_limit_error",
-                code="class_shed",
-                retry_after_s=SHED_RETRY_AFTER_S,
-            )
+            raise self._shed(service_class, "takes no requests for now", "class_shed", SHED_RETRY_AFTER_S)
         request = Request(
             f"r{next(self._ids)}",
             prompt,
@@ -100,11 +94,20 @@ class Dispatcher:
             priority=service_class.priority,
             promise=Promise(service_class.ttft_s, service_class.tpot_s, service_class.floor),
         )
-        self.engine_loop.submit(request, service_class.name)
+        try:
+            self.engine_loop.submit(request, service_class.name)
+        except Overloaded as overloaded:
+            after_s = max(1, math.ceil(overloaded.retry_after_s))
+            raise self._shed(service_class, f"has no room: {overloaded}", "overloaded", after_s) from overloaded
         passage = self._accounting.arrived(service_class, len(prompt), self._clock())
         generation = Generation(self, request, passage)
         self._generations[request.request_id] = generation
         return generation
+
+    def _shed(self, service_class: ServiceClass, why: str, code: str, after_s: int) -> ApiError:
+        self._accounting.shed(service_class)
+        message = f"class '{service_class.name}' {why}; retry in {after_s} s"
+        return ApiError(429, message, kind="rate_limit_error", code=code, retry_after_s=after_s)
 
     @property
     def in_flight(self) -> int:

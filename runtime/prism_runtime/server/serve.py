@@ -65,7 +65,7 @@ async def _serve(settings: ServeSettings, started_s: float) -> None:
         or (pace.prefill_tokens_per_step if pace else DEFAULT_PREFILL_TOKENS_PER_STEP),
         kv_tokens=settings.kv_tokens or (pace.kv_tokens if pace else 0),
     )
-    engine = load_engine(settings.artifact, limits, settings.threads)
+    engine = load_engine(settings.artifact, limits, settings.threads, shed_above=settings.shed_above)
     pacer = Pacer(pace, engine.ladder) if pace else None
     profile = pace
     if profile is None and not settings.no_profile:
@@ -113,7 +113,7 @@ def print_profile(
     return 0
 
 
-def load_engine(artifact: Path, limits: Limits, threads: int) -> Engine:
+def load_engine(artifact: Path, limits: Limits, threads: int, *, shed_above: float | None = None) -> Engine:
     return Engine.from_artifact(
         artifact,
         max_sequences=limits.max_sequences,
@@ -122,6 +122,7 @@ def load_engine(artifact: Path, limits: Limits, threads: int) -> Engine:
         prefill_tokens_per_step=limits.prefill_tokens_per_step,
         threads=threads,
         classes=CLASS_SLOTS,
+        shed_above=shed_above,
     )
 
 

@@ -26,6 +26,7 @@ class ServeSettings:
     max_context_tokens: int
     kv_tokens: int | None
     prefill_tokens_per_step: int | None
+    shed_above: float | None
     threads: int
     pace: str | None
     pace_start_seconds: float
@@ -94,6 +95,10 @@ def _seconds(text: str) -> float:
     return _number(text, "seconds, 0 to 86400", 0, 86_400, whole=False)
 
 
+def _ratio(text: str) -> float:
+    return _number(text, "a number from 1 to 1000", 1, 1000, whole=False)
+
+
 def _log_level(text: str) -> str:
     if text not in LOG_LEVELS:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(LOG_LEVELS)}; found '{text}'")
@@ -130,6 +135,13 @@ def add_serve_flags(parser: argparse.ArgumentParser, default_socket: Path) -> No
     flags.add("--max-context-tokens", "prompt and answer together", default="512", type=_positive)
     flags.add("--kv-tokens", "tokens the KV cache holds; default: max-sequences x max-context-tokens", type=_positive)
     flags.add("--prefill-tokens-per-step", "prompt tokens read in one step (512)", type=_positive)
+    flags.add(
+        "--shed-above",
+        "answer 429 to a request whose first token would come later than so many times its class's objective, even "
+        "with every budget at its floor; default: take everything in",
+        type=_ratio,
+        metavar="TIMES",
+    )
     flags.add("--threads", "CPU threads of the model", default="1", type=_positive)
     flags.add("--boot-point", "operating point until the first directive", default="full")
     flags.add("--class-header", "request header that names the service class", default="x-prism-class")

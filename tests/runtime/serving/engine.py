@@ -17,6 +17,7 @@ from prism_runtime.engine.types import (
     Finished,
     FinishReason,
     LogProbabilities,
+    Overloaded,
     Plan,
     Rejected,
     Request,
@@ -93,6 +94,7 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
         self.fail_steps = 0
+        self.overloaded: Overloaded | None = None
         self.gate = threading.Event()
         self.gate.set()
         self._answer = answer
@@ -114,6 +116,8 @@ class ScriptedEngine:
 
     def submit(self, request: Request) -> None:
         self.validate(request)
+        if self.overloaded:
+            raise self.overloaded
         with self._lock:
             self.requests.append(request)
             self._waiting.append(request)
