@@ -124,6 +124,10 @@ evidence-runtime: install ## Re-take every figure of evidence/runtime.json: CPU 
 evidence-planner: install ## Re-take every figure of evidence/planner.json: simulations, half an hour of one core
 	$(BIN)/python -m evidence.planner $(ARGS)
 
+.PHONY: evidence-planner-cluster
+evidence-planner-cluster: install ## Compare the simulator with the local cluster: three demos on a quiet machine, 15 minutes
+	$(BIN)/python -m evidence.planner_cluster $(ARGS)
+
 .PHONY: clean
 clean: ## Remove .venv/ and build output of this checkout
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

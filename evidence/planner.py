@@ -231,8 +231,13 @@ def times_real_time() -> list[float]:
     return taken
 
 
+CLUSTER_COMMAND = "python -m evidence.planner_cluster"
+CLUSTER = ("sim.minus_cluster_attainment_points", "sim.minus_cluster_attainment_points.held")
+"""Figures that need the local cluster, and are kept as that command left them."""
+
+
 def _no_cluster() -> Sequence[float | None]:
-    raise NotTaken("not taken: needs the local cluster under a burst slice, beside this simulation of it")
+    raise NotTaken(f"not taken yet; needs the local cluster and a quiet machine, run: {CLUSTER_COMMAND}")
 
 
 def _tick() -> list[float]:
@@ -289,8 +294,7 @@ COLLECTORS |= {
     "sim.times_real_time": Collector(
         "simulated s per CPU s", f"{COMMAND}: 100 pods, one core", times_real_time, range(3)
     ),
-    "sim.minus_cluster_attainment_points": Collector("points", COMMAND, _no_cluster),
-}
+} | {name: Collector("points", CLUSTER_COMMAND, _no_cluster) for name in CLUSTER}
 
 
 def collect(name: str) -> Figure:
@@ -320,7 +324,7 @@ def main() -> int:
     if arguments.table is not None or not arguments.only:
         take_cells(arguments.table or traces, arguments.most_seconds)
     for name in COLLECTORS if arguments.table is None else ():
-        if name not in (arguments.only or COLLECTORS):
+        if name not in (arguments.only or COLLECTORS) or (name in CLUSTER and name in load(OUT)):
             continue
         figure = collect(name)
         merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
