@@ -10,7 +10,8 @@ same rows chose is one pair of products over those rows. Where launching them wo
 expert runs for its rows and what was not chosen is masked.
 """
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -21,6 +22,15 @@ from prism_runtime.kernels.plan import PlanTensor
 
 LAUNCH_MULTIPLY_ADDS = 500_000
 """What the fixed cost of one more block of products would buy: about 10 us at 50 G multiply-adds a second, one core."""
+
+TOGETHER_VALUES = 1 << 20
+"""Projections of so many values are made before any is activated: more would not stay in a core's cache."""
+
+FEW_SLOTS = 512
+"""Slots of a decode step; so many are sorted on the host in a quarter of a millisecond."""
+
+Span = tuple[int, int, int]
+"""(expert, first row, row behind the last): rows of one expert in the sorted order."""
 
 WEIGHT_BOUND_ROWS = 8
 """A product with fewer rows takes as long as with these: reading the weights bounds it."""
@@ -61,36 +71,115 @@ def _run_prefixes(
     hidden: Tensor, expert_ids: Tensor, router_weights: Tensor, layer: int, plan: PlanTensor, weights: ExpertWeights
 ) -> Tensor:
     experts, sub_experts = weights.w1.shape[:2]
-    top_k = expert_ids.shape[1]
     counts = plan.row_counts(layer)
-    rows_alive = counts[:, :1] > 0
+    by_rank = None if counts.shape[1] == 1 else ranks(router_weights)
+    sort = _sorted_on_host if expert_ids.numel() <= FEW_SLOTS else _sorted
+    order, rows_with_at_least, ran, routed = sort(expert_ids, counts, by_rank, experts, sub_experts)
+    plan.ran += ran
+    plan.routed += routed
 
-    ours = expert_ids < experts
-    slot_count = torch.where(ours, counts if counts.shape[1] == 1 else counts.gather(1, ranks(router_weights)), 0)
-    plan.ran += slot_count.sum()
-    plan.routed += (ours & rows_alive).sum() * sub_experts
-
-    key = (expert_ids.clamp(max=experts - 1) * (sub_experts + 1) + (sub_experts - slot_count)).reshape(-1)
-    key, order = torch.sort(key)
-    tally = torch.bincount(key, minlength=experts * (sub_experts + 1)).view(experts, sub_experts + 1)
-    rows_with_at_least = tally.cumsum(1).tolist()  # [e][N - n]: rows of expert e that run n or more sub-experts
-    bands = list(pairwise((0, *plan.levels(layer))))
-
-    token = order // top_k
+    token = order // expert_ids.shape[1]
     rows = hidden[token]
     out = torch.zeros_like(rows)
-    start = 0
-    for expert, at_least in enumerate(rows_with_at_least):
-        for low, high in bands:
-            if stop := at_least[sub_experts - high]:
-                block = out[start : start + stop]
-                _add_band(block, rows[start : start + stop], expert, low, high, weights)
-                if low == 0 and weights.b2 is not None:
-                    block += weights.b2[expert]
-        start += at_least[sub_experts]
+    starts = list(accumulate((at_least[sub_experts] for at_least in rows_with_at_least), initial=0))
+    for low, high in pairwise((0, *plan.levels(layer))):
+        spans = [
+            (expert, start, start + at_least[sub_experts - high])
+            for expert, (start, at_least) in enumerate(zip(starts, rows_with_at_least, strict=False))
+            if at_least[sub_experts - high]
+        ]
+        for some in _together(spans, (high - low) * weights.w1.shape[2]):
+            _add_bands(out, rows, some, low, high, weights)
 
     out *= router_weights.reshape(-1)[order, None].to(out.dtype)
     return torch.zeros_like(hidden).index_add_(0, token, out)
+
+
+Sorted = tuple[Tensor, list[list[int]], Tensor | int, Tensor | int]
+"""Slots [T K] int64 by expert and, inside it, those with more sub-experts first; by expert the rows that run N or more,
+N - 1 or more, ..., 0 or more sub-experts; sub-experts that run, and that were routed."""
+
+
+def _sorted(expert_ids: Tensor, counts: Tensor, by_rank: Tensor | None, experts: int, sub_experts: int) -> Sorted:
+    ours = expert_ids < experts
+    slot_count = torch.where(ours, counts if by_rank is None else counts.gather(1, by_rank), 0)
+    key = (expert_ids.clamp(max=experts - 1) * (sub_experts + 1) + (sub_experts - slot_count)).reshape(-1)
+    key, order = torch.sort(key, stable=True)
+    tally = torch.bincount(key, minlength=experts * (sub_experts + 1)).view(experts, sub_experts + 1)
+    routed = (ours & (counts[:, :1] > 0)).sum() * sub_experts
+    return order, tally.cumsum(1).tolist(), slot_count.sum(), routed
+
+
+def _sorted_on_host(
+    expert_ids: Tensor, counts: Tensor, by_rank: Tensor | None, experts: int, sub_experts: int
+) -> Sorted:
+    """The same of few slots, without tensors.
+
+    After a layer's weights have gone through the caches, starting any operation takes as long as many of these steps.
+    """
+    rank = None if by_rank is None else by_rank.tolist()
+    keys, ran, routed = [], 0, 0
+    tally = [[0] * (sub_experts + 1) for _ in range(experts)]
+    for row, (chosen, count) in enumerate(zip(expert_ids.tolist(), counts.tolist(), strict=True)):
+        for place, expert in enumerate(chosen):
+            number = 0
+            if expert < experts:
+                number = count[rank[row][place]] if rank else count[0]
+                routed += sub_experts if count[0] else 0
+            ran += number
+            expert = min(expert, experts - 1)
+            tally[expert][sub_experts - number] += 1
+            keys.append(expert * (sub_experts + 1) + sub_experts - number)
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    at_least = [list(accumulate(numbers)) for numbers in tally]
+    return torch.tensor(order, dtype=torch.int64, device=expert_ids.device), at_least, ran, routed
+
+
+def _together(spans: list[Span], width: int) -> Iterator[list[Span]]:
+    """Spans whose projections, `width` values a row, fit in TOGETHER_VALUES; a longer one comes alone."""
+    some: list[Span] = []
+    room = TOGETHER_VALUES // width
+    for span in spans:
+        rows = span[2] - span[1]
+        if some and rows > room:
+            yield some
+            some, room = [], TOGETHER_VALUES // width
+        some.append(span)
+        room -= rows
+    if some:
+        yield some
+
+
+def _add_bands(out: Tensor, rows: Tensor, spans: list[Span], low: int, high: int, weights: ExpertWeights) -> None:
+    """Add to each span's rows of `out` [S, H] what sub-experts low..high-1 of its expert give for those of `rows`.
+
+    Without router weight. With `low` 0 they are written, not added to, and have the down projection's bias. An expert
+    costs two products and little else: the rest is done for all spans at once.
+    """
+    subs, neurons = high - low, weights.w2.shape[2]
+    up = weights.w1[:, low:high].flatten(1, 2).transpose(1, 2)
+    down = weights.w2[:, low:high].flatten(1, 2)
+    lengths = [stop - start for _, start, stop in spans]
+    projected = rows.new_empty(sum(lengths), up.shape[2])
+    for (expert, _, _), inputs, to in zip(spans, _pieces(rows, spans), projected.split(lengths), strict=True):
+        if weights.b1 is None:
+            torch.mm(inputs, up[expert], out=to)
+        else:
+            torch.addmm(weights.b1[expert, low:high].flatten(), inputs, up[expert], out=to)
+    activated = weights.activation(*projected.view(-1, subs, 2, neurons).unbind(2)).reshape(-1, subs * neurons)
+    for (expert, _, _), inputs, to in zip(spans, activated.split(lengths), _pieces(out, spans), strict=True):
+        if low:
+            to.addmm_(inputs, down[expert])
+        elif weights.b2 is None:
+            torch.mm(inputs, down[expert], out=to)
+        else:
+            torch.addmm(weights.b2[expert], inputs, down[expert], out=to)
+
+
+def _pieces(rows: Tensor, spans: list[Span]) -> tuple[Tensor, ...]:
+    """The spans' rows, as views."""
+    edges = [0, *(edge for _, *span in spans for edge in span), len(rows)]
+    return rows.split([stop - start for start, stop in pairwise(edges)])[1::2]
 
 
 # -- threshold and batch points ----------------------------------------------------------------------------------

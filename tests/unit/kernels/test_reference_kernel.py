@@ -5,12 +5,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prism_runtime.kernels import reference
 from prism_runtime.kernels.contract import ExpertWeights, load_kernel
 from prism_runtime.kernels.plan import PADDING, PlanTables, PlanTensor
 from prism_runtime.kernels.reference import sub_expert_moe
 
 EXPERTS, TOP_K, SUB_EXPERTS, NEURONS, HIDDEN = 6, 3, 4, 8, 24
 COUNTS = (1, 3, 4)
+
+
+@pytest.fixture(autouse=True, params=[(0, 40), (reference.FEW_SLOTS, reference.TOGETHER_VALUES)])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test twice: as for many rows, sorted as tensors and expert by expert, and as for few."""
+    few, together = request.param
+    monkeypatch.setattr(reference, "FEW_SLOTS", few)
+    monkeypatch.setattr(reference, "TOGETHER_VALUES", together)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
