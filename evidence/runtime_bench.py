@@ -4,15 +4,17 @@
     python -m evidence.runtime_bench --layer     the layer alone
 
 Figures are ratios of CPU times of one process on one thread: variants take turns, so that a busy moment of the machine
-falls on all of them, and each keeps its 10th percentile.
+falls on all of them, and of each the fast runs count.
 """
 
 import argparse
 import copy
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +52,7 @@ def olmoe_layer() -> Any:
     """OLMoE's sizes in one layer; nothing else of the model matters to a layer's time."""
     return _config(
         "olmoe", hidden_size=2048, intermediate_size=1024, num_experts=64, num_experts_per_tok=8, num_hidden_layers=1,
-        num_attention_heads=16, vocab_size=64,
+        num_attention_heads=16, vocab_size=64, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
 
 
@@ -66,17 +68,32 @@ def larger_model() -> PreTrainedModel:
     return model.eval()
 
 
-def interleaved(variants: dict[str, Callable[[], object]], repetitions: int) -> Times:
-    """10th percentile of the CPU seconds of each, taken in turns after one warm-up."""
-    taken: dict[str, list[float]] = {name: [] for name in variants}
-    for run in variants.values():
-        run()
-    for _ in range(repetitions):
-        for name, run in variants.items():
+Variants = dict[str, Sequence[Callable[[], object]]]
+"""What is timed, by name: the same work on as many inputs as the others, in the same order."""
+
+
+def interleaved(variants: Variants, repetitions: int) -> Times:
+    """CPU seconds of each on one input: the 10th percentile of `repetitions`, averaged over inputs.
+
+    Variants take turns. With several inputs each runs on the one before first, untimed, as a model runs layer after
+    layer: its code is then at hand, and the weights that the timed input chooses are not.
+    """
+    inputs = len(next(iter(variants.values())))
+    taken: dict[str, list[list[float]]] = {name: [[] for _ in range(inputs)] for name in variants}
+    for runs in variants.values():
+        runs[0]()
+    for turn in range(repetitions * inputs):
+        for name, runs in variants.items():
+            which = turn % inputs
+            if inputs > 1:
+                runs[which - 1]()
             begun_s = time.process_time()
-            run()
-            taken[name].append(time.process_time() - begun_s)
-    return {name: sorted(values)[len(values) // 10] for name, values in taken.items()}
+            runs[which]()
+            taken[name][which].append(time.process_time() - begun_s)
+    return {
+        name: statistics.fmean(sorted(values)[len(values) // 10] for values in by_input)
+        for name, by_input in taken.items()
+    }
 
 
 # -- one layer -----------------------------------------------------------------------------------------------------
@@ -95,15 +112,19 @@ class Layer:
     @torch.inference_mode()
     def times(self, tokens: int, repetitions: int) -> Times:
         """CPU seconds for so many tokens: `transformers`, and `cpp` and `torch` at `half` and `full`."""
+        draws = [self._draw(tokens) for _ in range(DRAWS[tokens])]
+        variants: Variants = {"transformers": [partial(self.stock, *draw) for draw in draws]}
+        for name, kernel in (("cpp", cpu_moe.sub_expert_moe), ("torch", reference.sub_expert_moe)):
+            for point, budget in ((HALF, "half"), (FULL, "full")):
+                variants[f"{name}.{budget}"] = [self._run(kernel, point, *draw) for draw in draws]
+        return interleaved(variants, repetitions)
+
+    def _draw(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Random rows, their experts and router weights."""
         hidden = torch.randn(tokens, self.config.hidden_size).bfloat16()
         router = torch.rand(tokens, self.config.num_experts).softmax(-1)
         weights, ids = router.topk(self.config.num_experts_per_tok)
-        weights = weights.bfloat16()
-        variants: dict[str, Callable[[], object]] = {"transformers": lambda: self.stock(hidden, ids, weights)}
-        for name, kernel in (("cpp", cpu_moe.sub_expert_moe), ("torch", reference.sub_expert_moe)):
-            for point, budget in ((HALF, "half"), (FULL, "full")):
-                variants[f"{name}.{budget}"] = self._run(kernel, point, hidden, ids, weights)
-        return interleaved(variants, repetitions)
+        return hidden, ids, weights.bfloat16()
 
     def _run(
         self, kernel: SubExpertKernel, point: int, hidden: Tensor, ids: Tensor, weights: Tensor
@@ -114,7 +135,9 @@ class Layer:
         return lambda: kernel(hidden, ids, weights, 0, plan, self.weights)
 
 
-REPETITIONS = {1: 40, 8: 15, 32: 10}
+DRAWS = {1: 8, 8: 4, 32: 2}
+REPETITIONS = {1: 10, 8: 5, 32: 5}
+"""By number of tokens: random inputs, and how often each is run."""
 
 
 def layer_round(layer: Layer) -> dict[int, Times]:
@@ -168,13 +191,13 @@ def engine_times(subject: Subject, batch: int, repetitions: int, seed: int, *, h
     """
     prompts = Prompts(subject.stock.config.vocab_size, seed)
     with continuous_batching(subject.batching, batch) as run_batching:
-        variants: dict[str, Callable[[], object]] = {
-            "generate": lambda: generate(subject.stock, prompts(batch)),
-            "batching": lambda: run_batching(prompts(batch)),
-            "full": lambda: run_engine(subject.engine, prompts(batch), len(subject.engine.ladder) - 1),
+        variants: Variants = {
+            "generate": [lambda: generate(subject.stock, prompts(batch))],
+            "batching": [lambda: run_batching(prompts(batch))],
+            "full": [lambda: run_engine(subject.engine, prompts(batch), len(subject.engine.ladder) - 1)],
         }
         if half is not None:
-            variants["half"] = lambda: run_engine(subject.engine, prompts(batch), half)
+            variants["half"] = [lambda: run_engine(subject.engine, prompts(batch), half)]
         return interleaved(variants, repetitions)
 
 
