@@ -27,7 +27,7 @@ def root_logger() -> Iterator[None]:
 def reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], artifact: Path, **settings: Any) -> str:
     """The reason that a start with these settings gives, on an artifact whose model is a scripted engine."""
     (artifact / "prism_manifest.json").write_text("{}")
-    monkeypatch.setattr(serving_command, "load_engine", lambda *_: ScriptedEngine())
+    monkeypatch.setattr(serving_command, "load_engine", lambda *_, **__: ScriptedEngine())
     assert serving_command.serve(default_settings(artifact=artifact, no_profile=True, **settings)) == 1
     line = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert line["message"] == "cannot serve"
