@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from prism_runtime.kernels import huge_pages, triton_launcher
+from prism_runtime.kernels import huge_pages
 from prism_runtime.kernels.contract import (
     REFERENCE,
-    TRITON,
     Activation,
     CompensationWeights,
     ExpertWeights,
@@ -146,8 +145,6 @@ def pack(model: PreTrainedModel, sub_experts: int, kernel: str = REFERENCE) -> N
     modules = experts_modules(model)
     for _, module in modules:
         _require_packable(module, sub_experts)
-    if kernel == TRITON:
-        triton_launcher.use_compiled()
     run = load_kernel(kernel)
     for layer, (_, module) in enumerate(modules):
         module.add_module("prism", PackedLayer(pack_weights(module, sub_experts), layer, run))

@@ -132,5 +132,7 @@ def load_kernel(name: str) -> SubExpertKernel:
     module = import_module(_MODULES[name])
     if name == CPU:
         module.available()
+    elif name == TRITON:
+        import_module("prism_runtime.kernels.triton_launcher").use_compiled()
     kernel: SubExpertKernel = module.sub_expert_moe
     return kernel
