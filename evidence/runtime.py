@@ -1,6 +1,6 @@
 """Figures of the runtime: times the kernels and the engine on this machine's CPU, and writes evidence/runtime.json.
 
-    python -m evidence.runtime                  all of them, a quarter of an hour of one core
+    python -m evidence.runtime                  all of them, half an hour of one core
     python -m evidence.runtime --only ID...     these, keeping the others
 
 Nothing here is typed by hand: a figure that cannot be taken is null and says why. Speeds are ratios of CPU times of one
@@ -8,6 +8,7 @@ process, never times: how they are taken is told in `evidence.runtime_bench`.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import torch
 from rich.console import Console
 
 from evidence import runtime_bench as bench
+from evidence import runtime_goodput as replay
 from evidence.figures import ROOT, Figure, NotTaken, absent, load, measured, merge
 from evidence.slice import SAME_LOGITS, SAME_TOKENS, outcomes, passed_parameters
 
@@ -28,6 +30,9 @@ COMMAND = "python -m evidence.runtime"
 LAYER_ROUNDS = 5
 SEEDS = (0, 1, 2)
 """Of the prompts, one round of the engine each."""
+REPLAY_SEEDS = tuple(range(5))
+"""Of the traces' thinning, the classes of requests and the noise of steps."""
+SOAK_SEED = 0
 ARCHITECTURES = "tests/runtime/test_architectures.py"
 
 
@@ -58,6 +63,24 @@ class Runs:
         self._console.print(f"Timing the engine with the {make.__name__} model")
         subject = make()
         return [bench.engine_round(subject, seed) for seed in SEEDS]
+
+    @cached_property
+    def soak(self) -> dict[str, float]:
+        """Counts of one soak, in a process whose memory is its own."""
+        self._console.print("Soaking a server with 10,000 requests")
+        argv = [sys.executable, "-m", "evidence.runtime_soak", "--seed", str(SOAK_SEED)]
+        done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise NotTaken(f"'{' '.join(argv[1:])}' ended with status {done.returncode}")
+        counts: dict[str, float] = json.loads(done.stdout)
+        return counts
+
+    @cached_property
+    def replays(self) -> list[dict[str, dict[str, replay.Outcome]]]:
+        """Outcomes by policy and trace, by seed, on one measured profile."""
+        self._console.print("Measuring the larger model's steps, and replaying traces on them")
+        profile = replay.measured_profile()
+        return [replay.compare(profile, seed) for seed in REPLAY_SEEDS]
 
     @cached_property
     def architectures(self) -> dict[str, str]:
@@ -126,12 +149,13 @@ def _equal_architectures(runs: Runs) -> Values:
     return [len(both)]
 
 
-def _unmeasured(why: str, _: Runs) -> Values:
-    raise NotTaken(why)
+def _soaked(count: str, runs: Runs) -> Values:
+    return [runs.soak[count]]
 
 
-NO_REPLAY = "no program here replays traces against the engine's policies yet"
-NO_SOAK = "no program here soaks the engine yet"
+def _goodput_over(policy: str, runs: Runs) -> Values:
+    return [replay.goodput_over(outcomes, policy) for outcomes in runs.replays]
+
 
 COLLECTORS = {
     "layer.half_over_full.cpp": Collector("ratio", partial(_half_over_full, "cpp")),
@@ -143,12 +167,17 @@ COLLECTORS = {
         for batch in bench.BATCHES
     },
     "engine.half_over_full": Collector("ratio", _half_over_full_engine, SEEDS),
-    "goodput.over_fifo": Collector("ratio", partial(_unmeasured, NO_REPLAY)),
-    "goodput.over_paper_policy": Collector("ratio", partial(_unmeasured, NO_REPLAY)),
-    "soak.requests": Collector("requests", partial(_unmeasured, NO_SOAK)),
-    "soak.failed_requests": Collector("requests", partial(_unmeasured, NO_SOAK)),
-    "soak.leaked_blocks": Collector("blocks", partial(_unmeasured, NO_SOAK)),
-    "soak.rss_growth_megabytes": Collector("MB", partial(_unmeasured, NO_SOAK)),
+    "goodput.over_fifo": Collector("ratio", partial(_goodput_over, "fifo"), REPLAY_SEEDS),
+    "goodput.over_paper_policy": Collector("ratio", partial(_goodput_over, "paper"), REPLAY_SEEDS),
+    **{
+        f"soak.{count}": Collector(unit, partial(_soaked, count), (SOAK_SEED,))
+        for count, unit in (
+            ("requests", "requests"),
+            ("failed_requests", "requests"),
+            ("leaked_blocks", "blocks"),
+            ("rss_growth_megabytes", "MB"),
+        )
+    },
     "aot.kernels": Collector("programs", lambda runs: [len(runs.spilled)]),
     "aot.spills": Collector("programs", lambda runs: [sum(spilled > 0 for spilled in runs.spilled)]),
     "equal.architectures": Collector("architectures", _equal_architectures, how=f"python -m pytest {ARCHITECTURES}"),

@@ -77,3 +77,18 @@ def test_every_figure_of_the_runtime_has_a_collector() -> None:
         *("soak.requests", "soak.failed_requests", "soak.leaked_blocks", "soak.rss_growth_megabytes"),
         *("aot.kernels", "aot.spills", "equal.architectures"),
     ]
+
+
+def test_replays_give_one_ratio_a_seed_over_all_traces_and_a_soak_gives_its_counts() -> None:
+    def outcome(goodput: float) -> SimpleNamespace:
+        return SimpleNamespace(goodput=goodput)
+
+    replays = [
+        {"slack": {"a": outcome(3.0), "b": outcome(1.0)}, "fifo": {"a": outcome(1.0), "b": outcome(own)}}
+        for own in (1.0, 3.0)
+    ]
+    figure = collect("goodput.over_fifo", runs(replays=replays))
+    assert figure.value == 1.5
+    assert figure.low is not None
+    assert figure.seeds == runtime.REPLAY_SEEDS
+    assert collect("soak.leaked_blocks", runs(soak={"leaked_blocks": 0})).value == 0
