@@ -111,6 +111,21 @@ def pressing_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate 
     return _pressing(history, len(history) - 1, patience_s(policy.by_name(name), policy.loop), policy.loop)
 
 
+def lasting_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | None:
+    """The least that pressed in the short window: what a blip, gone before an order is written, does not raise.
+
+    None while the class is unknown.
+    """
+    history = state.samples.get(name, ())
+    if state.last_s is None or not _known(state, history, policy.loop):
+        return None
+    patient_s = patience_s(policy.by_name(name), policy.loop)
+    since_s = history[-1].end_s - policy.loop.short_window_s + _TICK_TOLERANCE_S
+    recent = (position for position in reversed(range(len(history))) if history[position].end_s > since_s)
+    rates = (_pressing(history, position, patient_s, policy.loop) for position in recent)
+    return min(rates, key=lambda rate: rate.per_s)
+
+
 def peak_rate(state: DemandState, name: str, policy: ServicePolicy, seconds: float) -> Rate | None:
     """The largest pressing rate of the last `seconds`, with the arrivals of these; None while the class is unknown."""
     history = state.samples.get(name, ())

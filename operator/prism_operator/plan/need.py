@@ -105,7 +105,7 @@ def surprised(
 class _Loads:
     """The busy classes' loads in four readings.
 
-    pressing  what must fit at once
+    pressing  what must fit at once, if it has pressed throughout the short window
     risen     mean, noticed early: what an order is for
     mean      mean over the long window: what is kept
     burst     the mean, and as much more as may come before an order helps
@@ -135,7 +135,7 @@ def ask(
     loads = _Loads()
     for class_policy in policy.classes:
         name = class_policy.name
-        pressing, long = demand.pressing_rate(state, name, policy), demand.long_rate(state, name, policy)
+        pressing, long = demand.lasting_rate(state, name, policy), demand.long_rate(state, name, policy)
         recent = demand.recent_rate(state, name, policy)
         if pressing is None or long is None or recent is None:
             return Ask(None, None, Reason.SIGNALS_STALE, f"the load of class '{name}' is unknown")

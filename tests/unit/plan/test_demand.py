@@ -118,6 +118,19 @@ def test_class_without_a_ttft_objective_is_patient_for_the_short_window() -> Non
     assert _pressing(state, policy) == pytest.approx(14 / 7)
 
 
+def test_blip_is_no_lasting_load_and_a_step_is_one_after_the_short_window() -> None:
+    policy = service_policy()
+    for lasts_s, least, most in ((1, 0.0, 6.0), (6, 12.0, 20.0)):
+        state = demand_of(policy, 0)
+        for tick in range(6):
+            grown = delta(40 if lasts_s == 1 else 20) if tick < lasts_s else delta(0)
+            state = demand.update(state, observation(61.0 + tick, classes={NAME: grown}), policy)
+        rate = demand.lasting_rate(state, NAME, policy)
+        assert rate is not None
+        assert least <= rate.per_s <= most, rate
+    assert demand.lasting_rate(DemandState(), NAME, policy) is None
+
+
 def test_peak_finds_a_burst_that_no_longer_presses() -> None:
     policy = service_policy()
     state = demand.update(demand_of(policy, 0), observation(61.0, classes={NAME: delta(40)}), policy)
