@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from prism_api.base import NAME_PATTERN
 from prism_api.manifest import MANIFEST_NAME
@@ -65,7 +66,9 @@ async def _serve(settings: ServeSettings, started_s: float) -> None:
         or (pace.prefill_tokens_per_step if pace else DEFAULT_PREFILL_TOKENS_PER_STEP),
         kv_tokens=settings.kv_tokens or (pace.kv_tokens if pace else 0),
     )
-    engine = load_engine(settings.artifact, limits, settings.threads, shed_above=settings.shed_above)
+    engine = load_engine(
+        settings.artifact, limits, settings.threads, policy=settings.policy, shed_above=settings.shed_above
+    )
     pacer = Pacer(pace, engine.ladder) if pace else None
     profile = pace
     if profile is None and not settings.no_profile:
@@ -113,7 +116,8 @@ def print_profile(
     return 0
 
 
-def load_engine(artifact: Path, limits: Limits, threads: int, *, shed_above: float | None = None) -> Engine:
+def load_engine(artifact: Path, limits: Limits, threads: int, **settings: Any) -> Engine:
+    """An engine of these limits; `settings` are more of the constructor's."""
     return Engine.from_artifact(
         artifact,
         max_sequences=limits.max_sequences,
@@ -122,7 +126,7 @@ def load_engine(artifact: Path, limits: Limits, threads: int, *, shed_above: flo
         prefill_tokens_per_step=limits.prefill_tokens_per_step,
         threads=threads,
         classes=CLASS_SLOTS,
-        shed_above=shed_above,
+        **settings,
     )
 
 

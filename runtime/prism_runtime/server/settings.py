@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+POLICY_NAMES = ("slack", "paper", "fifo")
+"""Those of `engine.batching.POLICIES`, whose module this one must not import."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class ServeSettings:
     max_context_tokens: int
     kv_tokens: int | None
     prefill_tokens_per_step: int | None
+    policy: str
     shed_above: float | None
     threads: int
     pace: str | None
@@ -99,6 +102,12 @@ def _ratio(text: str) -> float:
     return _number(text, "a number from 1 to 1000", 1, 1000, whole=False)
 
 
+def _policy(text: str) -> str:
+    if text not in POLICY_NAMES:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(POLICY_NAMES)}; found '{text}'")
+    return text
+
+
 def _log_level(text: str) -> str:
     if text not in LOG_LEVELS:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(LOG_LEVELS)}; found '{text}'")
@@ -135,6 +144,13 @@ def add_serve_flags(parser: argparse.ArgumentParser, default_socket: Path) -> No
     flags.add("--max-context-tokens", "prompt and answer together", default="512", type=_positive)
     flags.add("--kv-tokens", "tokens the KV cache holds; default: max-sequences x max-context-tokens", type=_positive)
     flags.add("--prefill-tokens-per-step", "prompt tokens read in one step (512)", type=_positive)
+    flags.add(
+        "--policy",
+        f"who runs in a step at which operating point: {', '.join(POLICY_NAMES)}; the first goes by promises and costs",
+        default="slack",
+        type=_policy,
+        metavar="POLICY",
+    )
     flags.add(
         "--shed-above",
         "answer 429 to a request whose first token would come later than so many times its class's objective, even "

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from prism_runtime.server.settings import ServeSettings, add_serve_flags
+from prism_runtime.engine.batching import POLICIES
+from prism_runtime.server.settings import POLICY_NAMES, ServeSettings, add_serve_flags
 
 
 def parse(*arguments: str) -> ServeSettings:
@@ -39,7 +40,15 @@ def test_values_from_the_environment_are_converted_and_checked_like_flags(
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--port", "x"), ("--port", "-1"), ("--threads", "0"), ("--drain-seconds", "nan"), ("--log-level", "loud")],
+    [
+        ("--port", "x"),
+        ("--port", "-1"),
+        ("--threads", "0"),
+        ("--drain-seconds", "nan"),
+        ("--log-level", "loud"),
+        ("--policy", "lifo"),
+        ("--shed-above", "0.5"),
+    ],
 )
 def test_value_out_of_range_is_refused_with_the_range(
     flag: str, value: str, capsys: pytest.CaptureFixture[str]
@@ -47,6 +56,12 @@ def test_value_out_of_range_is_refused_with_the_range(
     with pytest.raises(SystemExit):
         parse(f"{flag}={value}")
     assert f"argument {flag}: must be" in capsys.readouterr().err
+
+
+def test_policies_that_can_be_chosen_are_those_that_there_are() -> None:
+    assert set(POLICY_NAMES) == set(POLICIES)
+    assert parse().policy == POLICY_NAMES[0]
+    assert parse("--policy", "fifo", "--shed-above", "3").shed_above == 3
 
 
 def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
