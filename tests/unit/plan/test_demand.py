@@ -118,16 +118,16 @@ def test_class_without_a_ttft_objective_is_patient_for_the_short_window() -> Non
     assert _pressing(state, policy) == pytest.approx(14 / 7)
 
 
-def test_blip_is_no_lasting_load_and_a_step_is_one_after_the_short_window() -> None:
+@pytest.mark.parametrize(("arrivals", "lasting"), [((40, 0, 0, 0, 0, 0), 39 / 6.9), ((20,) * 6, 19 / 1.9)])
+def test_what_lasts_is_the_least_that_pressed_in_the_short_window(arrivals: tuple[int, ...], lasting: float) -> None:
+    """Of a blip what is left of it after six seconds, of a step what pressed in its first."""
     policy = service_policy()
-    for lasts_s, least, most in ((1, 0.0, 6.0), (6, 12.0, 20.0)):
-        state = demand_of(policy, 0)
-        for tick in range(6):
-            grown = delta(40 if lasts_s == 1 else 20) if tick < lasts_s else delta(0)
-            state = demand.update(state, observation(61.0 + tick, classes={NAME: grown}), policy)
-        rate = demand.lasting_rate(state, NAME, policy)
-        assert rate is not None
-        assert least <= rate.per_s <= most, rate
+    state = demand_of(policy, 0)
+    for tick, count in enumerate(arrivals):
+        state = demand.update(state, observation(61.0 + tick, classes={NAME: delta(count)}), policy)
+    rate = demand.lasting_rate(state, NAME, policy)
+    assert rate is not None
+    assert rate.per_s == pytest.approx(lasting)
     assert demand.lasting_rate(DemandState(), NAME, policy) is None
 
 
