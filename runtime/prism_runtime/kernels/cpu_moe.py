@@ -1,7 +1,7 @@
 """The sub-expert layer on a CPU: compiled C for few rows, the torch reference for many, or where there is no compiler.
 
 With few rows an expert, as in decode, time goes into streaming weights and into starting torch operations; the C does
-the first in one pass and needs none of the second. With many rows, as in prefill, torch's matrix products win.
+the first in one pass and needs none of the second. With many rows, as in a long prefill, torch's products win.
 """
 
 import ctypes
@@ -19,8 +19,10 @@ from prism_runtime.kernels.plan import PlanTensor
 
 SOURCE = Path(__file__).with_name("cpu_experts.c")
 FLAGS = ("-pthread", "-Wno-psabi")
-MOST_ROWS_AN_EXPERT = 12
-"""Above this many rows an expert, on average, torch's matrix products read each weight for more rows at once."""
+MOST_ROWS_AN_EXPERT = {torch.float32: 128, torch.bfloat16: 20}
+"""Above so many rows an expert, on average, torch's matrix products win: they hold more rows of a tile at once."""
+MOST_ROWS_OF_NARROW_VECTORS = 12
+"""The same without AVX-512, where sums of four rows fill the registers."""
 WIDTH_MULTIPLE = 16
 
 
@@ -129,13 +131,18 @@ def _fits(hidden: Tensor, expert_ids: Tensor, weights: ExpertWeights) -> bool:
     """Whether the C can run this layer and is the faster way."""
     experts, _, _, width = weights.w1.shape
     return (
-        expert_ids.numel() <= MOST_ROWS_AN_EXPERT * experts
-        and weights.w1.dtype in (torch.float32, torch.bfloat16)
+        weights.w1.dtype in MOST_ROWS_AN_EXPERT
+        and expert_ids.numel() <= _most_rows(weights.w1.dtype) * experts
         and hidden.dtype == weights.w1.dtype
         and width % WIDTH_MULTIPLE == 0
         and _known(weights.activation)
         and available()
     )
+
+
+@cache
+def _most_rows(dtype: torch.dtype) -> int:
+    return MOST_ROWS_AN_EXPERT[dtype] if "avx512f" in native.processor_flags() else MOST_ROWS_OF_NARROW_VECTORS
 
 
 @cache
