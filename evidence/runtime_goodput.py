@@ -220,9 +220,9 @@ def measured_profile() -> Profile:
     return measure_profile(engine, limits, accelerator="cpu", clock=time.process_time)
 
 
-def compare(profile: Profile, seed: int, load: float = LOAD) -> dict[str, dict[str, Outcome]]:
+def compare(profile: Profile, seed: int, load: float = LOAD, bulk_floor: str = "b500") -> dict[str, dict[str, Outcome]]:
     """Outcomes by policy and trace; every policy serves the same requests."""
-    pod, outcomes = pod_of(profile), dict[str, dict[str, Outcome]]()
+    pod, outcomes = pod_of(profile, bulk_floor), dict[str, dict[str, Outcome]]()
     for trace, start_s in TRACES_PLAYED.items():
         piece = {"seed": seed, "start_s": start_s, "span_s": SPAN_S, "most_in": MOST_IN, "most_out": MOST_OUT}
         rate = load * capacity(pod, arrivals(trace, rate=1.0, **piece))
@@ -242,13 +242,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Goodput of batching policies on one pod, in virtual time.")
     parser.add_argument("profile", type=Path, nargs="?", help="default: measured here, for a minute")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
-    parser.add_argument("--load", type=float, default=LOAD)
+    parser.add_argument("--load", type=float, default=LOAD, help="of the pod's capacity at full budget")
+    parser.add_argument("--floor", default="b500", help="of bulk; 'full' tells what the policies do without budgets")
     arguments = parser.parse_args()
     given = arguments.profile
     profile = Profile.model_validate_json(given.read_text()) if given else measured_profile()
     print(profile.model_dump_json())
     for seed in arguments.seeds:
-        outcomes = compare(profile, seed, arguments.load)
+        outcomes = compare(profile, seed, arguments.load, arguments.floor)
         for policy, by_trace in outcomes.items():
             for trace, one in by_trace.items():
                 met = {name: round(one.met[c] / one.arrived[c], 3) for name, c in (("gold", GOLD), ("bulk", BULK))}
