@@ -219,6 +219,7 @@ def test_deadlines_are_of_the_first_token_then_of_the_mean_time_of_those_after_i
 def test_costs_follow_the_machine_and_one_odd_step_moves_them_little() -> None:
     priced = costs()
     assert priced.seconds({0: 2}, 0, {}) == pytest.approx(0.012)
+    assert priced.reading_seconds(2, 50) == pytest.approx(priced.seconds({}, 0, {2: 50})) == pytest.approx(0.015)
     priced.observe({0: 2}, 0, {}, 12.0)
     assert priced.factor == pytest.approx(1.2)
     for _ in range(100):

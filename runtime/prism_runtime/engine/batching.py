@@ -113,10 +113,11 @@ class Slack(Policy):
     def _urgency(self, sequence: Sequence, now_s: float) -> tuple[int, bool, float, int]:
         """Sorts by priority, then the still punctual, then by deadline, then by arrival."""
         due_s = deadline_s(sequence)
-        soonest_s = now_s
-        if self.costs.known and due_s < inf:
-            soonest_s += self.costs.seconds({}, 0, {sequence.request.promise.floor or 0: sequence.unread})
-        return (sequence.rank[0], due_s < soonest_s, due_s, sequence.rank[1])
+        late = due_s < now_s
+        if self.costs.known and now_s <= due_s < inf:
+            alone_s = self.costs.reading_seconds(sequence.request.promise.floor or 0, sequence.unread)
+            late = due_s < now_s + alone_s
+        return (sequence.rank[0], late, due_s, sequence.rank[1])
 
     def arrange(self, outlook: Outlook) -> Arrangement:
         decode, most = outlook.decoding, outlook.most_read

@@ -41,6 +41,12 @@ class StepCosts:
         """
         return self.factor * self._by_profile(decode, context_tokens, prefill)
 
+    def reading_seconds(self, point: int, tokens: int) -> float:
+        """`seconds` of a step that reads `tokens` at one point and decodes nothing; asked for every waiting request."""
+        cost = self._points[point]
+        base = cost.step_base_nanoseconds + cost.prefill_base_nanoseconds
+        return self.factor * 1e-9 * (base + cost.prefill_per_token_nanoseconds * tokens)
+
     def observe(
         self, decode: Mapping[int, int], context_tokens: int, prefill: Mapping[int, int], seconds: float
     ) -> None:
