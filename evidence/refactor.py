@@ -196,8 +196,12 @@ def _smollm2_full(models: Models) -> Values:
     return [models.smollm2.full]
 
 
-def _smollm2(permille: int, compensated: bool, models: Models) -> Values:
-    return [perplexity(models.smollm2.recipe(permille, compensated=compensated))]
+def _smollm2(permille: int, models: Models) -> Values:
+    return [perplexity(models.smollm2.recipe(permille))]
+
+
+def _smollm2_bare(permille: int, models: Models) -> Values:
+    return [perplexity(models.smollm2.bare(permille))]
 
 
 def _smollm2_realised(permille: int, models: Models) -> Values:
@@ -247,7 +251,7 @@ COLLECTORS = {
     "drift.realised_error_permille": Collector("permille", partial(_drift, True), ROTATIONS),
     "drift.unguarded_error_permille": Collector("permille", partial(_drift, False), ROTATIONS),
     "smollm2.ppl.full": _of_smollm2(_smollm2_full),
-    **{f"smollm2.ppl.b{permille}": _of_smollm2(partial(_smollm2, permille, True)) for permille in (500, 750)},
+    **{f"smollm2.ppl.b{permille}": _of_smollm2(partial(_smollm2, permille)) for permille in (500, 750)},
     **{
         f"smollm2.realised.b{permille}": _of_smollm2(partial(_smollm2_realised, permille), "permille")
         for permille in (500, 750)
@@ -258,7 +262,7 @@ COLLECTORS = {
         f"smollm2.realised.mix.b{permille}": _of_smollm2(partial(_smollm2_mix_realised, permille), "permille")
         for permille in (500, 750)
     },
-    **{f"smollm2.ppl.bare.b{permille}": _of_smollm2(partial(_smollm2, permille, False)) for permille in (500, 750)},
+    **{f"smollm2.ppl.bare.b{permille}": _of_smollm2(partial(_smollm2_bare, permille)) for permille in (500, 750)},
 }
 
 

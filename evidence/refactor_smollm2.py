@@ -48,10 +48,14 @@ class SmolLM2Figures:
         return perplexity(self._fits.full)
 
     @cache  # noqa: B019 - one instance, as long as the program runs
-    def recipe(self, permille: int, *, compensated: bool = True) -> Measurement:
+    def recipe(self, permille: int) -> Measurement:
         """Whole slices by the gate's threshold."""
-        settings = replace(RECIPE, allocation=self.allocation)
-        return self._fits.measure(self._fitted(permille, settings if compensated else _bare(settings)))
+        return self._fits.measure(self._fitted(permille, replace(RECIPE, allocation=self.allocation)))
+
+    @cache  # noqa: B019
+    def bare(self, permille: int) -> Measurement:
+        """The same without compensation."""
+        return self._fits.measure(self._fitted(permille, _bare(replace(RECIPE, allocation=self.allocation))))
 
     @cached_property
     def allocation(self) -> Allocation:
