@@ -97,7 +97,7 @@ def play(architecture: str, moves: Sequence[tuple]) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_request_ends_once_and_gold_at_full_is_the_stock_text_through_any_history(architecture: str) -> None:
-    @settings(max_examples=12, deadline=None, derandomize=False)
+    @settings(max_examples=4, deadline=None, derandomize=False)
     @given(history)
     def through(moves: list[tuple]) -> None:
         play(architecture, moves)
