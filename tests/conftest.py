@@ -44,9 +44,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             )
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def one_torch_thread() -> None:
-    """Two busy threads on two shared cores are slower than one, and their sums differ in the last bit."""
+    """Two busy threads on two shared cores are slower than one, and their sums differ in the last bit.
+
+    For every test, because commands under test set the number that they are told.
+    """
     import sys
 
     if "torch" in sys.modules:
