@@ -5,11 +5,11 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "kopf", "kubernetes", "aiohttp")
@@ -94,3 +94,52 @@ def merge(path: Path, taken: Figure, order: Sequence[str]) -> None:
     written = {key: value for key, value in asdict(taken).items() if key != "why" or value is not None}
     figures = load(path) | {taken.id: written}
     path.write_text(json.dumps([figures[name] for name in order if name in figures], indent=1) + "\n")
+
+
+Subject = TypeVar("Subject")
+
+
+@dataclass(frozen=True, slots=True)
+class Collector(Generic[Subject]):
+    """How a figure is taken of a subject: `take` gives one value a run, or raises NotTaken."""
+
+    unit: str
+    how: str
+    take: Callable[[Subject], Sequence[float | None]]
+    seeds: Sequence[int] = ()
+
+
+def collect(collectors: Mapping[str, Collector[Subject]], name: str, subject: Subject) -> Figure:
+    """One figure; what could not be taken says why."""
+    collector = collectors[name]
+    try:
+        return measured(name, collector.take(subject), collector.unit, collector.how, collector.seeds)
+    except NotTaken as error:
+        return absent(name, collector.unit, collector.how, str(error))
+
+
+def take_into(
+    path: Path,
+    collectors: Mapping[str, Collector[Subject]],
+    names: Iterable[str],
+    subject: Subject,
+    say: Callable[[str], object],
+    keep_known: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Take the named figures and write each into the file at once, so that an interruption loses nothing.
+
+    `keep_known` names those whose figure in the file is better than a new one that could not be taken.
+    """
+    known = load(path)
+    for name in names:
+        figure = collect(collectors, name, subject)
+        if figure.why is not None and name in known and keep_known(name):
+            continue
+        merge(path, figure, tuple(collectors))
+        say(f"{name}: {figure.value if figure.why is None else f'not taken: {figure.why}'}")
+
+
+def fill_in(path: Path, collectors: Mapping[str, Collector[Any]], why: str) -> None:
+    """An absent figure for every id that the file does not hold."""
+    for name in collectors.keys() - load(path).keys():
+        merge(path, absent(name, collectors[name].unit, collectors[name].how, why), tuple(collectors))

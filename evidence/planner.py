@@ -15,11 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from evidence.figures import Figure, NotTaken, absent, load, measured, merge
+from evidence import figures
+from evidence.figures import NotTaken, load
 from prism_operator import plan_bench
 from prism_operator.plan.policy import resolve
 from prism_operator.plan.types import LoopSettings, ServicePolicy
@@ -244,12 +245,11 @@ def _tick() -> list[float]:
     return [plan_bench.measure(services=1000, pods=10, classes=3, seed=seed).total_s for seed in TICK_SEEDS]
 
 
-@dataclass(frozen=True, slots=True)
-class Collector:
-    unit: str
-    how: str
-    take: Callable[[], Sequence[float | None]]
-    seeds: Sequence[int] = ()
+def _figure(
+    unit: str, how: str, take: Callable[[], Sequence[float | None]], seeds: Sequence[int] = ()
+) -> figures.Collector[None]:
+    """Simulations need no subject but themselves."""
+    return figures.Collector(unit, how, lambda _: take(), seeds)
 
 
 RAMP_HOW = f"{COMMAND}: llm-d's published ramp, simulated, profile {ramp.PROFILE} (an estimate)"
@@ -259,8 +259,8 @@ MEASURES: tuple[tuple[str, str, Callable[[Score], float | None]], ...] = (
     ("relative_quality", "share", lambda one: one.relative_quality),
 )
 COLLECTORS = {
-    "llmd.law.attainment": Collector("share", RAMP_HOW, _law(lambda one: one.attainment), RAMP_SEEDS),
-    "llmd.law.replicas": Collector("replicas", RAMP_HOW, _law(lambda one: one.mean_replicas), RAMP_SEEDS),
+    "llmd.law.attainment": _figure("share", RAMP_HOW, _law(lambda one: one.attainment), RAMP_SEEDS),
+    "llmd.law.replicas": _figure("replicas", RAMP_HOW, _law(lambda one: one.mean_replicas), RAMP_SEEDS),
 }
 for _prefix, _speed_up, _headroom, _governors in (
     ("llmd.prism", SPEED_UPS[0], None, False),
@@ -271,7 +271,7 @@ for _prefix, _speed_up, _headroom, _governors in (
     _set = "every setting at its default" if _headroom is None else f"scaling.headroom {_headroom}, nothing learned"
     _pods = ", pods with governors" if _governors else ""
     for _name, _unit, _value in MEASURES:
-        COLLECTORS[f"{_prefix}.{_name}"] = Collector(
+        COLLECTORS[f"{_prefix}.{_name}"] = _figure(
             _unit,
             f"{RAMP_HOW}, H = {_speed_up:g}, {_set}{_pods}",
             _prism(_value, _speed_up, _headroom, _governors),
@@ -279,30 +279,22 @@ for _prefix, _speed_up, _headroom, _governors in (
         )
 PARETO_HOW = f"{COMMAND}: {len(EPISODES)} traces, {len(BASELINES)} baselines; every cell in {CELLS.name}"
 COLLECTORS |= {
-    "pareto.cells": Collector(
+    "pareto.cells": _figure(
         "cells", PARETO_HOW, lambda: [float(sum(row["policy"] != "prism" for row in cells()))], PARETO_SEEDS
     ),
-    "pareto.dominated_cells": Collector(
+    "pareto.dominated_cells": _figure(
         "cells", PARETO_HOW, lambda: [float(sum(row["dominates_prism"] for row in cells()))], PARETO_SEEDS
     ),
-    "quality.floor_violations": Collector(
+    "quality.floor_violations": _figure(
         "requests", f"{COMMAND}: all ramps and traces under Prism", lambda: [float(floor_violations())], PARETO_SEEDS
     ),
-    "tick.seconds_per_1000_services": Collector(
+    "tick.seconds_per_1000_services": _figure(
         "CPU s", "python -m prism_operator.plan_bench: 1,000 services of 10 pods and 3 classes", _tick, TICK_SEEDS
     ),
-    "sim.times_real_time": Collector(
+    "sim.times_real_time": _figure(
         "simulated s per CPU s", f"{COMMAND}: 100 pods, one core", times_real_time, range(3)
     ),
-} | {name: Collector("points", CLUSTER_COMMAND, _no_cluster) for name in CLUSTER}
-
-
-def collect(name: str) -> Figure:
-    collector = COLLECTORS[name]
-    try:
-        return measured(name, collector.take(), collector.unit, collector.how, list(collector.seeds))
-    except NotTaken as error:
-        return absent(name, collector.unit, collector.how, str(error))
+} | {name: _figure("points", CLUSTER_COMMAND, _no_cluster) for name in CLUSTER}
 
 
 def main() -> int:
@@ -323,14 +315,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.table is not None or not arguments.only:
         take_cells(arguments.table or traces, arguments.most_seconds)
-    for name in COLLECTORS if arguments.table is None else ():
-        if name not in (arguments.only or COLLECTORS) or (name in CLUSTER and name in load(OUT)):
-            continue
-        figure = collect(name)
-        merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
-        print(f"{name}: {figure.value if figure.why is None else figure.why}", file=sys.stderr, flush=True)
-    for name in COLLECTORS.keys() - load(OUT).keys():
-        merge(OUT, absent(name, COLLECTORS[name].unit, COLLECTORS[name].how, NEVER_TAKEN), tuple(COLLECTORS))
+    wanted = (
+        [] if arguments.table is not None else [name for name in COLLECTORS if name in (arguments.only or COLLECTORS)]
+    )
+    names = [name for name in wanted if name not in CLUSTER or name not in load(OUT)]
+    figures.take_into(OUT, COLLECTORS, names, None, partial(print, file=sys.stderr, flush=True))
+    figures.fill_in(OUT, COLLECTORS, NEVER_TAKEN)
     return 0
 
 

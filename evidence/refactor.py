@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -26,9 +25,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from evidence import figures
 from evidence import refactor_ablation as ablation
 from evidence import refactor_page as page
-from evidence.figures import ROOT, Figure, NotTaken, absent, load, measured, merge
+from evidence.figures import ROOT, NotTaken
 from evidence.refactor_bytes import BATCHES, SELECTIONS, ByteFigures
 from evidence.refactor_drift import ROTATIONS, DriftFigures
 from evidence.refactor_fits import LADDER, PAPER_SUB_EXPERTS, Fits, candidates_of, costs, perplexity, run_of, small_moe
@@ -97,14 +97,10 @@ class Models:
 Values = Sequence[float | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Collector:
-    """How a figure is taken: one value a seed, or NotTaken."""
-
-    unit: str
-    take: Callable[[Models], Values]
-    seeds: Sequence[int] = SEEDS
-    how: str = COMMAND
+def _figure(
+    unit: str, take: Callable[[Models], Values], seeds: Sequence[int] = SEEDS, how: str = COMMAND
+) -> figures.Collector[Models]:
+    return figures.Collector(unit, how, take, seeds)
 
 
 def _over_top_k(permille: int, sub_experts: int, models: Models) -> Values:
@@ -220,36 +216,36 @@ def _smollm2_mix_realised(permille: int, models: Models) -> Values:
     return [1000 * models.smollm2.neurons_of_slices(permille).realised]
 
 
-def _of_smollm2(take: Callable[[Models], Values], unit: str = "perplexity") -> Collector:
-    return Collector(unit, take, (0,), f"{COMMAND} --smollm2")
+def _of_smollm2(take: Callable[[Models], Values], unit: str = "perplexity") -> figures.Collector[Models]:
+    return _figure(unit, take, (0,), f"{COMMAND} --smollm2")
 
 
 COLLECTORS = {
     **{
-        f"kl.topk_over_prism.b{permille}": Collector("ratio", partial(_over_top_k, permille, FINE))
+        f"kl.topk_over_prism.b{permille}": _figure("ratio", partial(_over_top_k, permille, FINE))
         for permille in (750, 500, 250)
     },
-    "kl.topk_over_prism.b500.d16": Collector("ratio", partial(_over_top_k, 500, COARSE)),
-    "kl.paper_over_prism.b500": Collector("ratio", _over_paper),
-    "kl.prism.b500": Collector("nats a token", _prism),
-    "kl.oracle.b500": Collector("nats a token", _oracle),
-    "points.prism": Collector("points", _points_prism),
-    "points.paper": Collector("points", _points_paper),
-    "points.topk": Collector("points", _points_top_k, seeds=()),
-    "layer.olmoe_minutes": Collector("min", _layer_minutes, (0,), LAYER_COMMAND),
-    "layer.olmoe_cpu_minutes": Collector("CPU min", _layer_cpu_minutes, (0,), LAYER_COMMAND),
-    **{f"bytes.b500.batch{batch}.kl_topk_over_prism": Collector("ratio", partial(_bytes, batch)) for batch in BATCHES},
+    "kl.topk_over_prism.b500.d16": _figure("ratio", partial(_over_top_k, 500, COARSE)),
+    "kl.paper_over_prism.b500": _figure("ratio", _over_paper),
+    "kl.prism.b500": _figure("nats a token", _prism),
+    "kl.oracle.b500": _figure("nats a token", _oracle),
+    "points.prism": _figure("points", _points_prism),
+    "points.paper": _figure("points", _points_paper),
+    "points.topk": _figure("points", _points_top_k, seeds=()),
+    "layer.olmoe_minutes": _figure("min", _layer_minutes, (0,), LAYER_COMMAND),
+    "layer.olmoe_cpu_minutes": _figure("CPU min", _layer_cpu_minutes, (0,), LAYER_COMMAND),
+    **{f"bytes.b500.batch{batch}.kl_topk_over_prism": _figure("ratio", partial(_bytes, batch)) for batch in BATCHES},
     **{
-        f"bytes.b500.batch{batch}.kl_topk_over.{selection}": Collector("ratio", partial(_bytes_of, batch, selection))
+        f"bytes.b500.batch{batch}.kl_topk_over.{selection}": _figure("ratio", partial(_bytes_of, batch, selection))
         for batch in BATCHES
         for selection in SELECTIONS
     },
     **{
-        f"bytes.b500.batch{batch}.topk_share": Collector("share", partial(_bytes_share, batch), seeds=())
+        f"bytes.b500.batch{batch}.topk_share": _figure("share", partial(_bytes_share, batch), seeds=())
         for batch in BATCHES
     },
-    "drift.realised_error_permille": Collector("permille", partial(_drift, True), ROTATIONS),
-    "drift.unguarded_error_permille": Collector("permille", partial(_drift, False), ROTATIONS),
+    "drift.realised_error_permille": _figure("permille", partial(_drift, True), ROTATIONS),
+    "drift.unguarded_error_permille": _figure("permille", partial(_drift, False), ROTATIONS),
     "smollm2.ppl.full": _of_smollm2(_smollm2_full),
     **{f"smollm2.ppl.b{permille}": _of_smollm2(partial(_smollm2, permille)) for permille in (500, 750)},
     **{
@@ -269,13 +265,7 @@ COLLECTORS = {
 NEVER_TAKEN = "not taken yet; run: make evidence-refactor"
 
 
-def collect(name: str, models: Models) -> Figure:
-    """One figure; what could not be taken says why."""
-    collector = COLLECTORS[name]
-    try:
-        return measured(name, collector.take(models), collector.unit, collector.how, collector.seeds)
-    except NotTaken as error:
-        return absent(name, collector.unit, collector.how, str(error))
+collect = partial(figures.collect, COLLECTORS)
 
 
 def main() -> int:
@@ -296,21 +286,14 @@ def main() -> int:
     if arguments.ablation:
         ablation.run(models.small, names, SEEDS, partial(console.print, highlight=False))
     else:
-        _take(names, models, console, smollm2=arguments.smollm2)
+        keep = partial(_needs_smollm2, without=not arguments.smollm2)
+        figures.take_into(OUT, COLLECTORS, names, models, partial(console.print, highlight=False), keep)
+        figures.fill_in(OUT, COLLECTORS, NEVER_TAKEN)
     return page.main([])
 
 
-def _take(names: Sequence[str], models: Models, console: Console, *, smollm2: bool) -> None:
-    known = load(OUT)
-    for name in names:
-        figure = collect(name, models)
-        if figure.why is not None and name.startswith("smollm2") and name in known and not smollm2:
-            continue  # a figure that was taken before is better than none
-        merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
-        taken = figure.value if figure.why is None else f"not taken: {figure.why}"
-        console.print(f"{name}: {taken}", highlight=False)
-    for name in COLLECTORS.keys() - load(OUT).keys():
-        merge(OUT, absent(name, COLLECTORS[name].unit, COLLECTORS[name].how, NEVER_TAKEN), tuple(COLLECTORS))
+def _needs_smollm2(name: str, *, without: bool) -> bool:
+    return without and name.startswith("smollm2")
 
 
 def _is_mixture(config: Path) -> bool:

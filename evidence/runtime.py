@@ -13,16 +13,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from evidence import figures
 from evidence import runtime_bench as bench
 from evidence import runtime_goodput as replay
-from evidence.figures import ROOT, Figure, NotTaken, absent, load, measured, merge
+from evidence.figures import ROOT, NotTaken
 from evidence.slice import SAME_LOGITS, SAME_TOKENS, outcomes, passed_parameters
 
 OUT = Path(__file__).with_name("runtime.json")
@@ -106,14 +106,10 @@ class Runs:
 Values = Sequence[float | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Collector:
-    """How a figure is taken: one value a round, or NotTaken."""
-
-    unit: str
-    take: Callable[[Runs], Values]
-    seeds: Sequence[int] = ()
-    how: str = COMMAND
+def _figure(
+    unit: str, take: Callable[[Runs], Values], seeds: Sequence[int] = (), how: str = COMMAND
+) -> figures.Collector[Runs]:
+    return figures.Collector(unit, how, take, seeds)
 
 
 def _half_over_full(kernel: str, runs: Runs) -> Values:
@@ -158,19 +154,19 @@ def _goodput_over(policy: str, runs: Runs) -> Values:
 
 
 COLLECTORS = {
-    "layer.half_over_full.cpp": Collector("ratio", partial(_half_over_full, "cpp")),
-    "layer.half_over_full.torch": Collector("ratio", partial(_half_over_full, "torch")),
-    "layer.speedup_over_transformers.cpp": Collector("ratio", _over_transformers),
+    "layer.half_over_full.cpp": _figure("ratio", partial(_half_over_full, "cpp")),
+    "layer.half_over_full.torch": _figure("ratio", partial(_half_over_full, "torch")),
+    "layer.speedup_over_transformers.cpp": _figure("ratio", _over_transformers),
     **{
-        f"engine.over_{name}.b{batch}": Collector("ratio", partial(_engine_over, variant, batch), SEEDS)
+        f"engine.over_{name}.b{batch}": _figure("ratio", partial(_engine_over, variant, batch), SEEDS)
         for name, variant in (("generate", "generate"), ("continuous_batching", "batching"))
         for batch in bench.BATCHES
     },
-    "engine.half_over_full": Collector("ratio", _half_over_full_engine, SEEDS),
-    "goodput.over_fifo": Collector("ratio", partial(_goodput_over, "fifo"), REPLAY_SEEDS),
-    "goodput.over_paper_policy": Collector("ratio", partial(_goodput_over, "paper"), REPLAY_SEEDS),
+    "engine.half_over_full": _figure("ratio", _half_over_full_engine, SEEDS),
+    "goodput.over_fifo": _figure("ratio", partial(_goodput_over, "fifo"), REPLAY_SEEDS),
+    "goodput.over_paper_policy": _figure("ratio", partial(_goodput_over, "paper"), REPLAY_SEEDS),
     **{
-        f"soak.{count}": Collector(unit, partial(_soaked, count), (SOAK_SEED,))
+        f"soak.{count}": _figure(unit, partial(_soaked, count), (SOAK_SEED,))
         for count, unit in (
             ("requests", "requests"),
             ("failed_requests", "requests"),
@@ -178,20 +174,14 @@ COLLECTORS = {
             ("rss_growth_megabytes", "MB"),
         )
     },
-    "aot.kernels": Collector("programs", lambda runs: [len(runs.spilled)]),
-    "aot.spills": Collector("programs", lambda runs: [sum(spilled > 0 for spilled in runs.spilled)]),
-    "equal.architectures": Collector("architectures", _equal_architectures, how=f"python -m pytest {ARCHITECTURES}"),
+    "aot.kernels": _figure("programs", lambda runs: [len(runs.spilled)]),
+    "aot.spills": _figure("programs", lambda runs: [sum(spilled > 0 for spilled in runs.spilled)]),
+    "equal.architectures": _figure("architectures", _equal_architectures, how=f"python -m pytest {ARCHITECTURES}"),
 }
 NEVER_TAKEN = "not taken yet; run: make evidence-runtime"
 
 
-def collect(name: str, runs: Runs) -> Figure:
-    """One figure; what could not be taken says why."""
-    collector = COLLECTORS[name]
-    try:
-        return measured(name, collector.take(runs), collector.unit, collector.how, collector.seeds)
-    except NotTaken as error:
-        return absent(name, collector.unit, collector.how, str(error))
+collect = partial(figures.collect, COLLECTORS)
 
 
 def main() -> int:
@@ -202,13 +192,9 @@ def main() -> int:
     console = Console(stderr=True)
     torch.set_num_threads(1)
     runs = Runs(console)
-    for name in (name for name in COLLECTORS if name in (arguments.only or COLLECTORS)):
-        figure = collect(name, runs)
-        merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
-        taken = figure.value if figure.why is None else f"not taken: {figure.why}"
-        console.print(f"{name}: {taken}", highlight=False)
-    for name in COLLECTORS.keys() - load(OUT).keys():
-        merge(OUT, absent(name, COLLECTORS[name].unit, COLLECTORS[name].how, NEVER_TAKEN), tuple(COLLECTORS))
+    names = [name for name in COLLECTORS if name in (arguments.only or COLLECTORS)]
+    figures.take_into(OUT, COLLECTORS, names, runs, partial(console.print, highlight=False))
+    figures.fill_in(OUT, COLLECTORS, NEVER_TAKEN)
     return 0
 
 

@@ -16,15 +16,15 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from evidence.figures import ROOT, Figure, NotTaken, absent, load, measured, merge
+from evidence import figures
+from evidence.figures import ROOT, Collector, NotTaken, absent, load, merge
 from tests.localcluster import paths
 from tests.localcluster.cluster import Cluster
 from tests.localcluster.failure import ClusterError
@@ -158,16 +158,7 @@ def gigabytes(folder: Path) -> float:
 Values = Sequence[float | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Collector:
-    """How a figure is taken: `take` gives one value a run, or raises NotTaken."""
-
-    unit: str
-    how: str
-    take: Callable[[Runs], Values]
-
-
-def _demo(which: str, key: str, unit: str, scale: float = 1.0) -> Collector:
+def _demo(which: str, key: str, unit: str, scale: float = 1.0) -> Collector[Runs]:
     """A figure of one of the demo's two replays."""
 
     def take(runs: Runs) -> Values:
@@ -210,7 +201,7 @@ def passed_parameters(by_name: Mapping[str, str], test: str) -> set[str]:
     return {match.group(1) for match in matches if match}
 
 
-def _chaos(name: str) -> Collector:
+def _chaos(name: str) -> Collector[Runs]:
     """What a test of tests/chaos recorded about the requests of its load, if it came so far."""
 
     def take(runs: Runs) -> Values:
@@ -252,13 +243,7 @@ NEVER_TAKEN = "not taken yet; run: make evidence-slice"
 UNTAKEN_COLD = "taken only with --cold: it needs a fresh clone and empty caches"
 
 
-def collect(name: str, runs: Runs) -> Figure:
-    """One figure; what could not be taken says why."""
-    collector = COLLECTORS[name]
-    try:
-        return measured(name, collector.take(runs), collector.unit, collector.how)
-    except NotTaken as error:
-        return absent(name, collector.unit, collector.how, str(error))
+collect = partial(figures.collect, COLLECTORS)
 
 
 def main() -> int:
@@ -271,19 +256,14 @@ def main() -> int:
     console, known = Console(stderr=True), load(OUT)
     runs = Runs(console, arguments.demo_runs)
     try:
-        for name in (name for name in COLLECTORS if name in (arguments.only or COLLECTORS)):
-            if name in COLD and not arguments.cold:
-                if name not in known:
-                    merge(OUT, absent(name, COLD[name].unit, COLD[name].how, UNTAKEN_COLD), tuple(COLLECTORS))
-                continue
-            figure = collect(name, runs)
-            merge(OUT, figure, tuple(COLLECTORS))  # at once, so that an interruption loses nothing
-            taken = figure.value if figure.why is None else f"not taken: {figure.why}"
-            console.print(f"{name}: {taken}", highlight=False)
+        wanted = [name for name in COLLECTORS if name in (arguments.only or COLLECTORS)]
+        for name in [name for name in wanted if name in COLD and name not in known and not arguments.cold]:
+            merge(OUT, absent(name, COLD[name].unit, COLD[name].how, UNTAKEN_COLD), tuple(COLLECTORS))
+        names = [name for name in wanted if name not in COLD or arguments.cold]
+        figures.take_into(OUT, COLLECTORS, names, runs, partial(console.print, highlight=False))
     finally:
         runs.clean()
-    for name in COLLECTORS.keys() - load(OUT).keys():
-        merge(OUT, absent(name, COLLECTORS[name].unit, COLLECTORS[name].how, NEVER_TAKEN), tuple(COLLECTORS))
+    figures.fill_in(OUT, COLLECTORS, NEVER_TAKEN)
     return 0
 
 
