@@ -4,17 +4,17 @@ python -m evidence.kernels_page            write it between the page's marks
 python -m evidence.kernels_page --check    fail if it is not that of the file
 """
 
-import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evidence.figures import ROOT, load
+from evidence.pages import command
 
 PAGE = ROOT / "docs" / "kernels.md"
 FIGURES = Path(__file__).with_name("gpu.json")
-BEGIN, END = "<!-- gpu: written by python -m evidence.kernels_page -->", "<!-- gpu: end -->"
+PROGRAM = "evidence.kernels_page"
 COLUMNS = {
     "grouped_mm.graph": "`grouped_mm`",
     "batched_mm.graph": "`batched_mm`",
@@ -44,24 +44,13 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def page(text: str) -> str:
-    """The page with the table of the file between its marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return "\n".join([before + BEGIN, "", *table(load(FIGURES)), "", END]) + after
+def tables() -> dict[str, list[str]]:
+    """Lines of Markdown by the name of their mark."""
+    return {"gpu": ["", *table(load(FIGURES)), ""]}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m evidence.kernels_page", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page would change")
-    arguments = parser.parse_args()
-    was = PAGE.read_text()
-    if arguments.check and page(was) != was:
-        print(f"{PAGE.name} does not hold the figures of evidence/: run python -m evidence.kernels_page")
-        return 1
-    if not arguments.check:
-        PAGE.write_text(page(was))
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(PROGRAM, __doc__, PAGE, tables, argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ python -m evidence.refactor_page            write them between the page's marks
 python -m evidence.refactor_page --check    fail if they are not those of the files
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from evidence.figures import ROOT, load
+from evidence.pages import command
 from evidence.refactor_bytes import BATCHES, SELECTIONS
 
 PAGE = ROOT / "docs" / "evaluation.md"
 FIGURES = Path(__file__).with_name("refactor.json")
 ABLATION = Path(__file__).with_name("refactor_ablation.json")
-BEGIN, END = "<!-- {}: written by python -m evidence.refactor_page -->", "<!-- {}: end -->"
+PROGRAM = "evidence.refactor_page"
 
 QUALITY = {
     "kl.topk_over_prism.b750": "plain top-k's KL over ours at 75 % of the neurons",
@@ -97,29 +97,8 @@ def ablation_table(rows: Sequence[Json]) -> list[str]:
     return lines if rows else ["Not taken yet."]
 
 
-def filled(page: str, blocks: Mapping[str, Sequence[str]]) -> str:
-    """The page with the lines between each block's marks replaced. Raises ValueError for a mark that is not there."""
-    for name, lines in blocks.items():
-        begin, end = BEGIN.format(name), END.format(name)
-        if begin not in page or end not in page:
-            raise ValueError(f"the page has no block '{name}': it needs the lines '{begin}' and '{end}'")
-        before, rest = page.split(begin, 1)
-        page = before + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
-    return page
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evidence.refactor_page", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is not up to date")
-    arguments = parser.parse_args(argv)
-    found = PAGE.read_text()
-    wanted = filled(found, tables())
-    if arguments.check:
-        if found != wanted:
-            print(f"{PAGE.name} does not hold the figures of evidence/: run python -m evidence.refactor_page")
-        return int(found != wanted)
-    PAGE.write_text(wanted)
-    return 0
+    return command(PROGRAM, __doc__, PAGE, tables, argv)
 
 
 def _bold(row: Json, name: str) -> str:

@@ -1,15 +1,16 @@
 """The kernels page quotes evidence/gpu.json."""
 
-from evidence.kernels_page import PAGE, page, table
+import pytest
+
+from evidence.kernels_page import main, table
 
 
 def figure(value: float) -> dict[str, object]:
     return {"value": value, "versions": {"device": "a GPU"}}
 
 
-def test_the_page_holds_the_figures_of_the_file() -> None:
-    text = PAGE.read_text()
-    assert page(text) == text
+def test_the_page_holds_the_figures_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_a_column_that_was_not_measured_for_some_tokens_is_empty_there() -> None:

@@ -14,6 +14,7 @@ import torch
 from evidence import refactor_ablation as ablation
 from evidence import refactor_cache
 from evidence import refactor_page as page
+from evidence.pages import filled
 from evidence.refactor_bytes import ByteFigures
 from evidence.refactor_cache import FITTING, FitCache, sources_of
 from evidence.refactor_drift import DriftFigures, Served
@@ -245,4 +246,4 @@ def test_what_a_row_changes_is_bold_and_the_recipe_s_own_is_not() -> None:
 
 def test_a_page_without_a_block_is_refused() -> None:
     with pytest.raises(ValueError, match="no block 'bytes'"):
-        page.filled("# Page", {"bytes": []})
+        filled("# Page", page.PROGRAM, {"bytes": []})
