@@ -33,7 +33,7 @@ class ExpertWeights:
     activation: Activation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GateWeights:
     """One layer's gate: predicts the logarithm of a sub-expert's output norm, without the router weight.
 
@@ -54,7 +54,7 @@ class GateWeights:
     kappa: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CompensationWeights:
     """One layer's and point's stand-in for what is dropped: `([x, 1] a + sum of g c[e, n] over dropped cells) u`.
 
