@@ -30,10 +30,11 @@ COLUMNS = {
 
 def table(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Microseconds by number of tokens; a column that was not measured for some tokens leaves them out."""
-    device = figures["device.gigabytes_per_second"]["versions"]["device"]
+    versions = figures["device.gigabytes_per_second"]["versions"]
+    libraries = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "device")
     tokens = sorted({int(name.split(".")[0][1:]) for name in figures if name.endswith("n4.full")})
     lines = [
-        f"Microseconds on one {device}:",
+        f"Microseconds on one {versions['device']} ({libraries}):",
         "",
         "| tokens | " + " | ".join(COLUMNS.values()) + " |",
         "| ---: |" + " ---: |" * len(COLUMNS),

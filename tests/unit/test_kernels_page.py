@@ -6,7 +6,7 @@ from evidence.kernels_page import main, table
 
 
 def figure(value: float) -> dict[str, object]:
-    return {"value": value, "versions": {"device": "a GPU"}}
+    return {"value": value, "versions": {"torch": "9.9", "device": "H200"}}
 
 
 def test_the_page_holds_the_figures_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,5 +17,5 @@ def test_a_column_that_was_not_measured_for_some_tokens_is_empty_there() -> None
     figures = {name: figure(1.4) for name in ("device.gigabytes_per_second", "t8.n4.full", "t1024.n4.full")}
     figures["t8.batched_mm.graph"] = figure(579.0)
     lines = table(figures)
-    assert lines[0] == "Microseconds on one a GPU:"
+    assert lines[0] == "Microseconds on one H200 (torch 9.9):"
     assert [line.split(" | ")[2:4] for line in lines[-2:]] == [["579", "1"], ["", "1"]]
