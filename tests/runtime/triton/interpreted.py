@@ -53,15 +53,15 @@ def test_rows_at_a_threshold_run_what_the_reference_runs(layer, seed):
     assert close(at_threshold_and_full(layer, seed, triton_moe), expected.float())
 
 
+def three_experts(width, generator):
+    """In two sub-experts each."""
+    w1, w2 = (torch.randn(3, 2, rows, width, generator=generator) for rows in (32, 16))
+    return ExpertWeights(w1, w2, None, None, silu_and_multiply)
+
+
 def test_by_slot_the_result_is_the_same_bit_for_bit_in_any_company():
     generator = torch.Generator().manual_seed(0)
-    weights = ExpertWeights(
-        torch.randn(3, 2, 32, 32, generator=generator),
-        torch.randn(3, 2, 16, 32, generator=generator),
-        None,
-        None,
-        silu_and_multiply,
-    )
+    weights = three_experts(32, generator)
     hidden, router = torch.randn(6, 32, generator=generator), torch.rand(6, 2, generator=generator)
     ids = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [1, 0], [2, 1]])
     keep = torch.rand(6, 2, 2, generator=generator) < 0.6
@@ -73,13 +73,7 @@ def test_by_slot_the_result_is_the_same_bit_for_bit_in_any_company():
 def test_a_table_with_fewer_blocks_than_slots_holds_the_same_work():
     """40 slots of 3 experts: the program that places them then computes where a block's entry lies."""
     generator = torch.Generator().manual_seed(1)
-    weights = ExpertWeights(
-        torch.randn(3, 2, 32, 16, generator=generator),
-        torch.randn(3, 2, 16, 16, generator=generator),
-        None,
-        None,
-        silu_and_multiply,
-    )
+    weights = three_experts(16, generator)
     hidden, router = torch.randn(20, 16, generator=generator), torch.rand(20, 2, generator=generator)
     ids = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(20)])
     keep = torch.rand(20, 2, 2, generator=generator) < 0.6
