@@ -38,7 +38,7 @@ from prism_runtime.refactor.text import spread as spread_sequences
 
 LENGTH = 256
 BUDGETS = (750, 500, 250)
-LADDER = tuple(range(250, 1000, 50))
+LADDER = tuple(range(250, 1000, 25))
 PAPER_SUB_EXPERTS = 4
 RANK = 8
 
