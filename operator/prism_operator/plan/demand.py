@@ -189,6 +189,16 @@ def latency_quantile_s(histogram: Sequence[int], quantile: float) -> float | Non
     return None if milliseconds is None else milliseconds / 1000
 
 
+def saturation(seen: ClassDelta, class_policy: ClassPolicy) -> float | None:
+    """The worse of both latencies at the promised quantile, over its objective; None without samples."""
+    ratios = []
+    for histogram, objective_s in ((seen.ttft, class_policy.ttft_s), (seen.tpot, class_policy.tpot_s)):
+        latency_s = latency_quantile_s(histogram, class_policy.attainment_target)
+        if latency_s is not None and objective_s is not None:
+            ratios.append(latency_s / objective_s)
+    return max(ratios, default=None)
+
+
 def attainment(delta: ClassDelta) -> float | None:
     """met / (met + missed + shed); None without any."""
     judged = delta.met + delta.missed + delta.shed

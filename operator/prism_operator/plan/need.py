@@ -1,7 +1,7 @@
 """How many replicas the load asks for, before any bound, window or step cap.
 
-    up      max(ceil((1 + u*h) * need(nominal, mean)), ceil(need(floors, burst)))
-    keep    max(ceil((1 + k*h) * need(nominal, mean)), ceil(need(floors, burst)), at costs that may be worse)
+    up      max((1 + u*h) * need(nominal, mean), need(floors, burst))
+    keep    max((1 + k*h) * need(nominal, mean), need(floors, burst) at costs that may be worse)
 
 `need(points, load)` is the real number of replicas that hold a load with the classes at these points, h the headroom,
 and (u, k) its shares by `scaling.reserve`: how much of it stands in idle pods. k above u is the hysteresis of the
@@ -24,6 +24,7 @@ from prism_api.service import BudgetControl, ForecastMethod, Reserve
 from prism_operator.plan import calibration, capacity, demand, forecast, surprise
 from prism_operator.plan.capacity import ClassLoad
 from prism_operator.plan.forecast import ForecastState, Method
+from prism_operator.plan.recommendation import TOLERANCE, Asked, flat, whole
 from prism_operator.plan.surprise import SurpriseState
 from prism_operator.plan.types import DemandState, Observation, Reason, ServicePolicy
 
@@ -33,17 +34,15 @@ SHARES: Mapping[Reserve, tuple[float, float]] = {
     Reserve.REPLICAS: (1.0, 1.5),
 }
 """Share of the headroom held in replicas on the way up, and on the way down."""
-_ROUNDING = 1e-9
-"""Keeps a need of exactly n replicas from asking for n + 1."""
-_BEYOND_ANY_BOUND = 1e6
+LOWERED_SHARE = 0.5
+"""Share of a class's tokens below its top from which on a hot pool is not one that only met a blip."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One tick's recommendation. None: unknown, and then `reason` and `message` say what is missing."""
+    """One tick's recommendation. Without one, `reason` and `message` say what is missing."""
 
-    up: int | None
-    down: int | None
+    asked: Asked | None
     reason: Reason
     message: str
     held: bool = False
@@ -51,6 +50,14 @@ class Ask:
     inputs: Mapping[str, float] = field(default_factory=dict)
     nominal: Mapping[str, str] = field(default_factory=dict)
     """The points that were planned for; empty without a profile."""
+
+    @property
+    def up(self) -> int | None:
+        return None if self.asked is None else self.asked.up
+
+    @property
+    def down(self) -> int | None:
+        return None if self.asked is None else self.asked.down
 
 
 def learn(
@@ -128,23 +135,23 @@ def ask(
     """What the load asks for; with a profile by `need`, without one by the proportional law on saturation."""
     ready = observation.ready
     if not ready:
-        return Ask(None, None, Reason.IN_FLIGHT, "no pod is ready yet, so there is no load to plan for")
+        return Ask(None, Reason.IN_FLIGHT, "no pod is ready yet, so there is no load to plan for")
     if len(observation.fresh) < len(ready) / 2:
         text = f"only {len(observation.fresh)} of {len(ready)} ready pods reported freshly"
-        return Ask(None, None, Reason.SIGNALS_STALE, text)
+        return Ask(None, Reason.SIGNALS_STALE, text)
     loads = _Loads()
     for class_policy in policy.classes:
         name = class_policy.name
         pressing, long = demand.lasting_rate(state, name, policy), demand.long_rate(state, name, policy)
         recent = demand.recent_rate(state, name, policy)
         if pressing is None or long is None or recent is None:
-            return Ask(None, None, Reason.SIGNALS_STALE, f"the load of class '{name}' is unknown")
+            return Ask(None, Reason.SIGNALS_STALE, f"the load of class '{name}' is unknown")
         if max(pressing.per_s, long.per_s) == 0:
             continue
         lengths = demand.mean_lengths(state, name)
         if lengths is None:
             text = f"no request of class '{name}' has finished yet, so the cost of one is unknown"
-            return Ask(None, None, Reason.STABILIZING, text)
+            return Ask(None, Reason.STABILIZING, text)
         ahead = _forecast(forecasts.get(name), policy, ready_s)
         expected = max(long.per_s, ahead)
         excess = surprise.reserve_per_s(surprise.of(surprises, name), class_policy.attainment_target)
@@ -168,7 +175,7 @@ def _forecast(state: ForecastState | None, policy: ServicePolicy, ready_s: float
 
 def _from_profile(observation: Observation, state: DemandState, policy: ServicePolicy, loads: _Loads) -> Ask | None:
     if not loads.mean:
-        return Ask(0, 0, Reason.DEMAND, "no load in fresh reports", inputs={"offered_per_s": 0.0})
+        return Ask(flat(0), Reason.DEMAND, "no load in fresh reports", inputs={"offered_per_s": 0.0})
     if observation.profile is None:
         return None
     profile = capacity.scaled(observation.profile, state.cost_factor)
@@ -186,12 +193,25 @@ def _from_profile(observation: Observation, state: DemandState, policy: ServiceP
         return None
     headroom = policy.effective.headroom
     up_share, down_share = SHARES[policy.effective.reserve]
+    risen, lasting = (1 + up_share * headroom) * top, (1 + down_share * headroom) * kept
+    hot = _hot_at_lowered_points(observation, state, policy)
+    more = len(observation.ready) + 1 if hot is not None else 0
     offered = sum(load.per_s for load in loads.risen)
+    asked = Asked(
+        up=max(whole(risen), whole(now), whole(burst), more),
+        at_once=max(whole(risen / (1 + TOLERANCE)), whole(now), whole(burst), more),
+        nominal=risen,
+        kept=lasting,
+        burst=kept_burst,
+        least=more,
+    )
     points = sorted(set(nominal.values()), key=policy.ladder.index)
     text = (
         f"offered {offered:.2f}/s needs {top:.2f} replicas at '{', '.join(points)}', plus headroom {headroom:.2f}; "
         f"at the floors {now:.2f} hold what presses now, {burst:.2f} what may come before an order helps"
     )
+    if hot is not None:
+        text += f"; '{hot}' is hot at lowered points, which the profile does not explain: one pod more"
     inputs = {
         "offered_per_s": offered,
         "expected_per_s": sum(load.per_s for load in loads.mean),
@@ -203,14 +223,30 @@ def _from_profile(observation: Observation, state: DemandState, policy: ServiceP
         "headroom": headroom,
     }
     return Ask(
-        up=max(_ceil((1 + up_share * headroom) * top), _ceil(now), _ceil(burst)),
-        down=max(_ceil((1 + down_share * headroom) * kept), _ceil(kept_burst)),
+        asked=asked if steered else asked.by_itself(),
         reason=Reason.DEMAND,
         message=text,
-        held=_ceil(now) <= len(observation.ready),
+        held=whole(now) <= len(observation.ready),
         inputs=inputs,
         nominal=nominal,
     )
+
+
+def _hot_at_lowered_points(observation: Observation, state: DemandState, policy: ServicePolicy) -> str | None:
+    """A class that made most of the long window's tokens below its top, and was hot; None if there is none, or if a pod
+    became ready in the window."""
+    loop = policy.loop
+    if policy.budget is not BudgetControl.AUTO or observation.settled_s <= loop.long_window_s:
+        return None
+    for class_policy in policy.classes:
+        seen = demand.window(state, class_policy.name, loop.long_window_s)
+        lowered = sum(count for point, count in seen.tokens_by_point.items() if point != policy.max_point)
+        if lowered <= LOWERED_SHARE * sum(seen.tokens_by_point.values()):
+            continue
+        saturation = demand.saturation(seen, class_policy)
+        if saturation is not None and saturation > loop.high:
+            return class_policy.name
+    return None
 
 
 def _nominal(
@@ -226,7 +262,7 @@ def _nominal(
         name = ladder.points[position].name
         points = {one: ladder.clamp(name, floor, policy.max_point) for one, floor in floors.items()}
         need = capacity.replicas_for(mean, points, profile)
-        if need is None or _ceil(reserve * need) <= target:
+        if need is None or whole(reserve * need) <= target:
             break
     return points
 
@@ -241,12 +277,11 @@ def _from_saturation(observation: Observation, state: DemandState, policy: Servi
     worst: float | None = None
     for class_policy in policy.classes:
         seen = demand.window(state, class_policy.name, policy.loop.long_window_s)
-        for histogram, objective_s in ((seen.ttft, class_policy.ttft_s), (seen.tpot, class_policy.tpot_s)):
-            latency_s = demand.latency_quantile_s(histogram, class_policy.attainment_target)
-            if latency_s is not None and objective_s is not None:
-                worst = max(worst or 0.0, min(policy.loop.clamp, latency_s / objective_s))
+        saturation = demand.saturation(seen, class_policy)
+        if saturation is not None:
+            worst = max(worst or 0.0, min(policy.loop.clamp, saturation))
     if worst is None:
-        return Ask(None, None, Reason.NO_PROFILE, "no profile, and no request finished in the long window")
+        return Ask(None, Reason.NO_PROFILE, "no profile, and no request finished in the long window")
     credited = worst * ready / provisioned
     target, low = policy.loop.target_saturation, policy.loop.low
     if worst > target:
@@ -257,9 +292,4 @@ def _from_saturation(observation: Observation, state: DemandState, policy: Servi
         asked = provisioned
     text = f"no profile; saturation {worst:.2f} against a target of {target:.2f} on {ready} of {provisioned} replicas"
     inputs = {"saturation": worst, "ready": float(ready), "provisioned": float(provisioned)}
-    return Ask(asked, asked, Reason.NO_PROFILE, text, inputs=inputs)
-
-
-def _ceil(replicas: float) -> int:
-    # An objective out of reach at any rate needs infinitely many: say "more than any bound" and let bounds cut.
-    return math.ceil(min(replicas, _BEYOND_ANY_BOUND) - _ROUNDING)
+    return Ask(flat(asked), Reason.NO_PROFILE, text, inputs=inputs)

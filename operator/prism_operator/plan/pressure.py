@@ -27,8 +27,7 @@ class Pressure:
     loads         the same with lengths; None if any class with traffic has unknown lengths
     backlog       waiting requests beyond the one per pod that only waits for the current step to end, if every pod had
                   as many as the median one: what waits at a few pods is a matter of their governors, not of the pool
-    mixed_s       how long the newest pod has been ready: it gets every request until it is as full as the others, and
-                  what waits there meanwhile says nothing about the pool
+    settled_s     how long the newest pod has been ready: see `Observation.settled_s`
     """
 
     acknowledged: int
@@ -37,7 +36,7 @@ class Pressure:
     rates: Mapping[str, float | None]
     loads: tuple[ClassLoad, ...] | None
     backlog: int
-    mixed_s: float
+    settled_s: float
     profile: Profile | None
     saturation: Mapping[str, float | None]
     _needs: dict[tuple[tuple[str, str], ...], float | None] = field(default_factory=dict, compare=False, repr=False)
@@ -103,7 +102,6 @@ def measure(observation: Observation, state: DemandState, policy: ServicePolicy,
     ready = len(observation.ready)
     waiting = [max(0, pod.load.waiting - 1) for pod in observation.fresh if pod.load is not None]
     backlog = len(waiting) * median_low(waiting) if waiting else 0
-    newest_s = max((pod.ready_s for pod in observation.ready if pod.ready_s is not None), default=-math.inf)
     rates: dict[str, float | None] = {}
     for name in names:
         rate = demand.pressing_rate(state, name, policy)
@@ -115,7 +113,7 @@ def measure(observation: Observation, state: DemandState, policy: ServicePolicy,
         rates=rates,
         loads=_loads(policy, state, rates, backlog),
         backlog=backlog,
-        mixed_s=observation.now_s - newest_s,
+        settled_s=observation.settled_s,
         profile=None if observation.profile is None else capacity.scaled(observation.profile, state.cost_factor),
         saturation={
             class_policy.name: _saturation(class_policy, observation.now_s, state, policy, memory)
@@ -153,9 +151,5 @@ def _saturation(
     if seconds <= 0:
         return None
     seen = demand.window(state, class_policy.name, seconds)
-    ratios = []
-    for histogram, objective_s in ((seen.ttft, class_policy.ttft_s), (seen.tpot, class_policy.tpot_s)):
-        latency_s = demand.latency_quantile_s(histogram, class_policy.attainment_target)
-        if latency_s is not None and objective_s is not None:
-            ratios.append(latency_s / objective_s)
-    return min(policy.loop.clamp, max(ratios)) if ratios else None
+    saturation = demand.saturation(seen, class_policy)
+    return None if saturation is None else min(policy.loop.clamp, saturation)

@@ -1,7 +1,8 @@
 """The slow decision: how many replicas to order. What the load asks for stands in `plan.need`.
 
-    up       least ask of the up window, if above what is ordered; this tick's while not even the floors hold the load
-    down     largest keep of the down window, if below; one pod at a time, never before the window is full
+    up       least ask of the up window, if above what is ordered; this tick's while not even the floors hold the load;
+             what is asked for beyond what is ordered by little, only once the mean of the down window asks for it
+    down     keep of the down window, if below; one pod at a time, never before the window is full
 
 A pod that is ordered runs for the down window at least, so a load that ready pods hold at lower points must first show
 that it lasts. Where they do not hold it, every second of waiting is paid with objectives, and nothing waits: `urgent`
@@ -20,9 +21,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from prism_api.service import ScalingControl
-from prism_operator.plan import demand, need, rehearsal, schedule
+from prism_operator.plan import demand, need, recommendation, rehearsal, schedule
 from prism_operator.plan.limits import Limits, limits
 from prism_operator.plan.need import Ask
+from prism_operator.plan.recommendation import Recommendation
 from prism_operator.plan.starts import expected_ready_s, stuck_pods
 from prism_operator.plan.types import (
     BudgetPlan,
@@ -30,7 +32,6 @@ from prism_operator.plan.types import (
     Observation,
     PodView,
     Reason,
-    Recommendation,
     Rehearsal,
     ReplicaPlan,
     ReplicaState,
@@ -93,8 +94,8 @@ def _remember(now_s: float, ask: Ask, policy: ServicePolicy, state: ReplicaState
     kept_s = max(policy.effective.stabilization_up_s, policy.effective.stabilization_down_s)
     history = tuple(one for one in state.recommendations if one.at_s >= now_s - kept_s)
     repeated = bool(history) and history[-1].at_s >= now_s
-    if ask.up is not None and ask.down is not None and not repeated:
-        history = (*history, Recommendation(now_s, ask.up, ask.down))
+    if ask.asked is not None and not repeated:
+        history = (*history, Recommendation(now_s, ask.asked))
     return replace(state, since_s=since_s, recommendations=history)
 
 
@@ -241,9 +242,14 @@ def _up(tick: _Tick, asked: int, cut: Reason | None, state: ReplicaState) -> tup
         rejected = f"{wanted}: demand is seen for too short a time"
         return tick.hold(Status.HOLD, Reason.STABILIZING, rejected=rejected), state
     since_s = now_s - (policy.effective.stabilization_up_s if tick.ask.held else 0)
-    lasting = min(tick.limits.clamp(one.up)[0] for one in state.recommendations if one.at_s >= since_s)
+    window = [one.asked for one in state.recommendations if one.at_s >= since_s]
+    lasting = min(tick.limits.clamp(asked.up)[0] for asked in window)
     if lasting <= tick.ordered:
         rejected = f"{wanted}: not asked for through the up window"
+        return tick.hold(Status.HOLD, Reason.STABILIZING, rejected=rejected), state
+    little = min(asked.at_once for asked in window) <= tick.ordered
+    if tick.ask.held and little and recommendation.lasting(state.recommendations) <= tick.ordered:
+        rejected = f"{wanted}: little more than what is ordered, and not for as long as the down window"
         return tick.hold(Status.HOLD, Reason.STABILIZING, rejected=rejected), state
     if tick.starting > 0 and state.ordered_for is not None and asked <= state.ordered_for:
         text = f"{tick.starting} pods start for this already, expected ready {tick.ready_s:.0f} s after creation"
@@ -264,7 +270,7 @@ def _down(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
     window_s = max(policy.effective.stabilization_down_s, policy.loop.long_window_s)
     if now_s - began_s < window_s:
         return wait(f"scale-down needs {window_s:.0f} s of history, {max(0.0, now_s - began_s):.0f} s seen")
-    keep = max(tick.limits.clamp(one.down)[0] for one in state.recommendations)
+    keep = tick.limits.clamp(recommendation.kept(state.recommendations))[0]
     if keep >= tick.ordered:
         return wait(f"the down window saw a need of {keep}")
     if state.lowered_s is not None and now_s - state.lowered_s < policy.loop.down_period_s:
@@ -278,7 +284,7 @@ def _down(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
             return tick.hold(Status.HOLD, Reason.REHEARSAL, text), state
         state = replace(state, rehearsal=replace(state.rehearsal, passed=True))
     reason = Reason.DEMAND if fewer else Reason.IDLE
-    text = f"from {tick.ordered}, largest need of the down window {keep}"
+    text = f"from {tick.ordered}, need of the down window {keep}"
     return tick.order(reason, fewer, text), replace(state, lowered_s=now_s, ordered_for=None)
 
 

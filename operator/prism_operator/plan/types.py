@@ -4,6 +4,7 @@ Time is `now_s`: seconds of one monotonic clock, an argument everywhere. Units s
 and is never read as zero. States hold plain values only, so that `dataclasses.asdict` gives JSON, and are bounded.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -16,6 +17,7 @@ from prism_api.service import Brownout, BudgetControl, OnCap, ScalingControl, Sc
 from prism_operator.plan.forecast import ForecastState
 from prism_operator.plan.loop_settings import LoopSettings
 from prism_operator.plan.reasons import Reason, Status
+from prism_operator.plan.recommendation import Recommendation
 from prism_operator.plan.surprise import SurpriseState
 
 
@@ -107,6 +109,12 @@ class Observation:
     @property
     def fresh(self) -> tuple[PodView, ...]:
         return tuple(pod for pod in self.ready if not pod.stale)
+
+    @property
+    def settled_s(self) -> float:
+        """How long the newest pod has been ready: it gets every request until it is as full as the others, and what is
+        slow there meanwhile says nothing about the pool."""
+        return self.now_s - max((pod.ready_s for pod in self.ready if pod.ready_s is not None), default=-math.inf)
 
     @property
     def starting(self) -> tuple[PodView, ...]:
@@ -374,15 +382,6 @@ class ReplicaPlan:
 
     def __str__(self) -> str:
         return f"replicas {self.status} {self.reason}: {self.replicas} (recommended {self.recommended}); {self.message}"
-
-
-@dataclass(frozen=True, slots=True)
-class Recommendation:
-    """What one slow tick asked for: to scale up to, and to keep on the way down."""
-
-    at_s: float
-    up: int
-    down: int
 
 
 @dataclass(frozen=True, slots=True)

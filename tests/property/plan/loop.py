@@ -58,7 +58,7 @@ class Loop:
         ready = sum(one.ready for one in self.pods)
         loads = [ClassLoad(self.policy.classes[0], per_s, Lengths(64, 32))]
         tpot_s = time_per_token_s(loads, {NAME: self.point}, profile(), ready) or 0.05
-        grown = delta(round(per_s * TICK_S), tpot_ms=1000 * min(10.0, tpot_s))
+        grown = delta(round(per_s * TICK_S), tpot_ms=1000 * min(10.0, tpot_s), point=self.point)
         seen = observation(self.now_s, tuple(self.pods), classes={NAME: grown} if ready else {})
         self.demand = demand.update(self.demand, seen, self.policy)
         points, self.budget = budget.decide(seen, self.demand, self.policy, self.budget)

@@ -130,7 +130,7 @@ def test_aibrix_1159_fallen_load_is_followed_within_the_sum_of_the_windows(befor
     # What is uncertain about the profile holds replicas too, and fades within a few of its time constants.
     window_s += 4 * policy.loop.calibration_s
     loop.run(after, window_s + high * policy.loop.down_period_s + 60)
-    kept = loop.state.recommendations[-1].down
+    kept = loop.state.recommendations[-1].asked.down
     assert loop.ordered == max(1, kept), f"{before} -> {after}/s: {loop.plans[-1]}"
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from prism_operator.plan import budget, children, demand, replicas
 from prism_operator.plan.capacity import ClassLoad, time_per_token_s
 from prism_operator.plan.children import ChildSettings
+from prism_operator.plan.recommendation import TOLERANCE, Asked, Recommendation, flat, whole
 from prism_operator.plan.types import (
     BudgetState,
     ClassBudgetState,
@@ -21,7 +22,6 @@ from prism_operator.plan.types import (
     Observation,
     PodView,
     Reason,
-    Recommendation,
     ReplicaState,
     ServicePolicy,
     Status,
@@ -219,12 +219,29 @@ def test_restart_keeps_the_point_that_pods_hold(point: str, pods: int, now_s: fl
     assert (plan.reason, plan.by_name("interactive").point) == (Reason.ADOPTED, point)
 
 
+needs = st.floats(0, 50, allow_subnormal=False)
+asks = st.one_of(
+    st.builds(flat, st.integers(0, 50)),
+    st.builds(
+        lambda need, burst, least: Asked(
+            up=max(whole(need), whole(burst), least),
+            at_once=max(whole(need / (1 + TOLERANCE)), whole(burst), least),
+            nominal=need,
+            kept=1.05 * need,
+            burst=burst,
+            least=least,
+        ),
+        needs,
+        needs,
+        st.integers(0, 50),
+    ),
+)
 replica_states = st.builds(
-    lambda since, asks, ordered_for: ReplicaState(
-        since, tuple(Recommendation(NOW_S - 10 * (len(asks) - i), up, up) for i, up in enumerate(asks)), ordered_for
+    lambda since, asked, ordered_for: ReplicaState(
+        since, tuple(Recommendation(NOW_S - 10 * (len(asked) - i), one) for i, one in enumerate(asked)), ordered_for
     ),
     st.one_of(st.none(), st.floats(-1000, NOW_S)),
-    st.lists(st.integers(0, 50), max_size=5),
+    st.lists(asks, max_size=5),
     st.one_of(st.none(), st.integers(0, 50)),
 )
 

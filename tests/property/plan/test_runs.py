@@ -66,7 +66,7 @@ def test_step_of_load_converges_to_what_the_new_load_needs(before: int, after: i
     loop = Loop(loop_policy())
     loop.run(before, 600)
     loop.run(after, 1200 + 120 * loop.ordered)
-    asked = loop.state.recommendations[-1]
+    asked = loop.state.recommendations[-1].asked
     assert loop.point == "full", str(loop.points[-1])
     assert max(1, asked.up) <= loop.ordered <= max(1, asked.down), str(loop.plans[-1])
     settled = loop.orders[-1][0] if loop.orders else 0.0

@@ -139,9 +139,14 @@ def histogram(milliseconds: float, count: int) -> tuple[int, ...]:
 
 
 def delta(
-    arrived: int = 0, prompt: int = 64, output: int = 32, ttft_ms: float = 100, tpot_ms: float = 50
+    arrived: int = 0,
+    prompt: int = 64,
+    output: int = 32,
+    ttft_ms: float = 100,
+    tpot_ms: float = 50,
+    point: str = "full",
 ) -> ClassDelta:
-    """One tick in which as many requests finish as arrive, all met."""
+    """One tick in which as many requests finish as arrive, all met and all at `point`."""
     return ClassDelta(
         arrived=arrived,
         finished=arrived,
@@ -150,7 +155,7 @@ def delta(
         output_tokens=output * arrived,
         ttft=histogram(ttft_ms, arrived) if arrived else (),
         tpot=histogram(tpot_ms, arrived) if arrived else (),
-        tokens_by_point={"full": output * arrived} if arrived else {},
+        tokens_by_point={point: output * arrived} if arrived else {},
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from prism_operator.plan import budget, replicas
+from prism_operator.plan.recommendation import Asked, Recommendation, flat
 from prism_operator.plan.types import (
     BudgetState,
     ClassBudgetState,
@@ -13,7 +14,6 @@ from prism_operator.plan.types import (
     LoopSettings,
     PodView,
     Reason,
-    Recommendation,
     ReplicaPlan,
     ReplicaState,
     ServicePolicy,
@@ -58,22 +58,41 @@ def test_demand_that_fits_changes_nothing_and_says_why_not_fewer() -> None:
 
 
 def test_ask_that_the_floors_hold_must_last_through_the_up_window() -> None:
-    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, 1, 1),))
+    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(1)),))
     floors_hold = 6
     plan, _ = _decide(floors_hold, state=state)
     assert (plan.status, plan.reason, plan.replicas) == (Status.HOLD, Reason.STABILIZING, 1)
-    lasting = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, 2, 2),))
+    lasting = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(2)),))
     assert _decide(floors_hold, state=lasting)[0].replicas == 2
 
 
+@pytest.mark.parametrize(("needed_before", "ordered"), [(9.5, 10), (10.2, 11)])
+def test_ask_for_little_more_than_what_is_ordered_must_last_through_the_down_window(
+    needed_before: float, ordered: int
+) -> None:
+    """58 requests a second need 10.35 pods at full: within a tenth of the ten there are, and the floors hold them."""
+    policy = service_policy(scaling={"minReplicas": 1, "maxReplicas": 20, "headroom": "0.10"})
+    earlier = Asked(up=11, at_once=10, nominal=needed_before)
+    window = tuple(Recommendation(NOW_S - 30 * age, earlier) for age in range(9, 0, -1))
+    plan, _ = _decide(58, 10, policy, replace(FULL_HISTORY, recommendations=window))
+    assert plan.replicas == ordered
+    assert (plan.reason is Reason.STABILIZING) is (ordered == 10)
+
+
+def test_much_larger_ask_waits_for_the_up_window_alone() -> None:
+    policy = service_policy(scaling={"minReplicas": 1, "maxReplicas": 20, "headroom": "0.10"})
+    window = (Recommendation(NOW_S - 30, Asked(up=12, at_once=12, nominal=5.0)),)
+    assert _decide(66, 10, policy, replace(FULL_HISTORY, recommendations=window))[0].replicas == 12
+
+
 def test_ask_that_not_even_the_floors_hold_waits_for_nothing() -> None:
-    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, 1, 1),))
+    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(1)),))
     floors_do_not_hold = 10
     assert _decide(floors_do_not_hold, state=state)[0].replicas == 2
 
 
 def test_ask_waits_for_nothing_where_the_budget_may_not_be_moved_and_the_load_does_not_fit() -> None:
-    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, 1, 1),))
+    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(1)),))
     knob_off = service_policy(budget={"control": "Off"})
     assert _decide(6, state=state, policy=knob_off)[0].replicas == 2
 
@@ -148,7 +167,7 @@ def test_scale_down_takes_one_pod_and_then_waits() -> None:
 
 
 def test_peak_of_the_down_window_holds_replicas() -> None:
-    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 200, 2, 2),))
+    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 200, flat(2)),))
     plan, _ = _decide(1, pods=2, state=state)
     assert (plan.reason, plan.replicas) == (Reason.STABILIZING, 2)
     assert "down window" in plan.message

@@ -258,3 +258,37 @@ class TestRehearsal:
     def test_pod_with_the_fewest_requests_goes(self) -> None:
         pods = (pod("a", load=load(running=2)), pod("b", load=load(running=1)), pod("c", load=load(running=2)))
         assert rehearsal.victim(observation(NOW_S, pods)).name == "b"
+
+
+def _hot(point: str, ttft_ms: float, ready_s: float = 0.0, **spec: Any) -> Ask:
+    """Two pods, five requests a second: 0.9 replicas by the profile; 1,500 ms are promised."""
+    policy = service_policy(**{"scaling": _scaling(headroom="0.1"), **spec})
+    seen = {NAME: delta(5, ttft_ms=ttft_ms, point=point)}
+    state = demand.DemandState()
+    pods = tuple(pod(f"pod-{n}", ready_s=ready_s) for n in range(2))
+    for tick in range(61):
+        now_s = NOW_S - 60 + tick
+        state = demand.update(state, observation(now_s, pods, classes=seen), policy)
+    return need.ask(observation(NOW_S, pods), state, policy, {}, {}, READY_S)
+
+
+def test_pool_that_is_hot_at_lowered_points_asks_for_a_pod_whatever_the_profile_says() -> None:
+    asked = _hot("b500", ttft_ms=1400)
+    assert (asked.up, asked.down) == (3, 3)
+    assert "profile does not explain" in asked.message
+    assert asked.asked is not None
+    assert asked.asked.at_once == 3
+
+
+@pytest.mark.parametrize(
+    "calm",
+    [
+        {"point": "full", "ttft_ms": 1400},
+        {"point": "b500", "ttft_ms": 500},
+        {"point": "b500", "ttft_ms": 1400, "ready_s": NOW_S - 30},
+        {"point": "b500", "ttft_ms": 1400, "budget": {"control": "Off"}},
+    ],
+    ids=["at the top", "not hot", "a pod is new", "the budget may not move"],
+)
+def test_pool_is_believed_to_be_what_its_profile_says_while(calm: dict[str, Any]) -> None:
+    assert _hot(**calm).up == 1
