@@ -257,7 +257,7 @@ def _up(tick: _Tick, asked: int, cut: Reason | None, state: ReplicaState) -> tup
     granted = min(lasting, tick.ordered + policy.effective.max_step)
     rejected = f"{asked}: {granted - tick.ordered} more at this tick" if granted < asked else ""
     plan = tick.order(Reason.DEMAND, granted, f"from {tick.ordered}", rejected)
-    return replace(plan, limited_by=Reason.STEP_CAP if granted < lasting else cut), replace(state, ordered_for=asked)
+    return replace(plan, limited_by=Reason.STEP_CAP if granted < lasting else cut), replace(state, ordered_for=lasting)
 
 
 def _down(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:

@@ -140,6 +140,17 @@ def test_higher_ask_adds_the_difference_while_pods_start() -> None:
     assert plan.replicas == 3
 
 
+def test_what_the_up_window_cut_off_is_added_while_pods_start() -> None:
+    policy = service_policy(scaling={"minReplicas": 1, "maxReplicas": 9})
+    begun = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(3)),))
+    plan, state = _decide(17, 2, policy, begun)
+    asked = state.recommendations[-1].asked.up
+    assert plan.replicas == 3 < asked, "asked for throughout the up window are three"
+    later = replace(state, recommendations=state.recommendations[-1:])
+    pods = (pod("a"), pod("b"), starting_pod("c", NOW_S - 5))
+    assert _decide(17, pods, policy, later)[0].replicas == asked
+
+
 def test_pod_that_starts_for_too_long_is_reported_and_not_waited_for() -> None:
     pods = (pod(), starting_pod("pod-1", NOW_S - 300))
     plan, _ = _decide(12, pods, state=replace(FULL_HISTORY, ordered_for=3))
