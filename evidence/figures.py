@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 ROOT = Path(__file__).parents[1]
+WRITTEN = ("evidence/*.json", "docs/evaluation.md", "docs/kernels.md")
+"""What the evidence programs write: a figure does not depend on the one that was taken before it."""
 PACKAGES = ("torch", "transformers", "kopf", "kubernetes", "aiohttp")
 
 
@@ -78,10 +80,19 @@ def versions() -> dict[str, str]:
     """Of this checkout, Python, Kubernetes and the libraries that figures depend on."""
     from tests.localcluster.binaries import KUBERNETES
 
-    argv = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     libraries = {name: version(name) for name in PACKAGES}
-    return {"commit": commit or "unknown", "python": sys.version.split()[0], "kubernetes": KUBERNETES} | libraries
+    return {"commit": _commit(), "python": sys.version.split()[0], "kubernetes": KUBERNETES} | libraries
+
+
+def _commit() -> str:
+    """Of what figures are taken with: "-dirty" if anything differs from it but what taking figures writes."""
+
+    def git(*argv: str) -> str:
+        return subprocess.run(["git", *argv], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in WRITTEN))
+    return (commit or "unknown") + ("-dirty" if changed else "")
 
 
 def load(path: Path) -> dict[str, dict[str, Any]]:

@@ -35,6 +35,13 @@ QUALITY = {
     "layer.olmoe_minutes": "time to refactor a layer of OLMoE's shape on two cores",
     "layer.olmoe_cpu_minutes": "processor time of the same, which a busy machine does not stretch",
 }
+DENSE = {
+    "recipe": ("slices of 32 neurons by the recipe", "ppl", "realised"),
+    "bare": ("the same without compensation", "ppl.bare", None),
+    "neuron": ("neuron by neuron, after the whole gate projection", "ppl.neuron", None),
+    "mix": ("slices first, then neurons of those that stay", "ppl.mix", "realised.mix"),
+}
+"""Ways to spend a budget on a dense model: what they are, and their figures' names after `smollm2.`."""
 INGREDIENTS = {
     "partition": "partition",
     "gate": "gate",
@@ -51,7 +58,12 @@ def tables() -> dict[str, list[str]]:
     """Lines of Markdown by the name of their mark."""
     figures = load(FIGURES)
     rows = json.loads(ABLATION.read_text()) if ABLATION.exists() else []
-    return {"figures": figure_table(figures), "bytes": byte_table(figures), "ablation": ablation_table(rows)}
+    return {
+        "figures": figure_table(figures),
+        "smollm2": dense_table(figures),
+        "bytes": byte_table(figures),
+        "ablation": ablation_table(rows),
+    }
 
 
 def figure_table(figures: Mapping[str, Json]) -> list[str]:
@@ -77,6 +89,22 @@ def byte_table(figures: Mapping[str, Json]) -> list[str]:
         names = ["topk_share", *(f"kl_topk_over.{selection}" for selection in SELECTIONS)]
         cells = [_cell(figures.get(f"bytes.b500.batch{batch}.{name}")) for name in names]
         lines.append(f"| {batch} | {' | '.join(cells)} |")
+    return lines
+
+
+def dense_table(figures: Mapping[str, Json]) -> list[str]:
+    """Perplexity of SmolLM2 by what is run of its neurons, and the budgets that were realised."""
+    lines = [
+        "| what runs | 75 % | realised, permille | 50 % | realised, permille |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        f"| the whole model | {_cell(figures.get('smollm2.ppl.full'))} | | | |",
+    ]
+    for meaning, perplexity, realised in DENSE.values():
+        cells = []
+        for permille in (750, 500):
+            cells.append(_cell(figures.get(f"smollm2.{perplexity}.b{permille}")))
+            cells.append("" if realised is None else _cell(figures.get(f"smollm2.{realised}.b{permille}")))
+        lines.append(f"| {meaning} | {' | '.join(cells)} |")
     return lines
 
 
