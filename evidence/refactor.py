@@ -39,6 +39,14 @@ from prism_runtime.refactor.points import PointCount, count_points, kl_at
 OUT = Path(__file__).with_name("refactor.json")
 COMMAND = "python -m evidence.refactor"
 LAYER_COMMAND = "python -m prism_runtime.refactor.bench --layer-only"
+GROWTH_COMMAND = "python -m prism_runtime.refactor.bench --growth-only"
+GROWTH = {
+    "experts": "twice the experts",
+    "neurons": "twice the neurons",
+    "rows": "twice the rows",
+    "proposals": "four times the proposals",
+}
+"""What is made larger, by the end of the figure's id, and the bench's name for it."""
 SEEDS = (0, 1, 2)
 SCHEDULES: tuple[Schedule, ...] = ("published", "thawed")
 FINE, COARSE = 16, 8
@@ -46,6 +54,10 @@ FINE, COARSE = 16, 8
 
 Counts of points leave `full` out, which every method has.
 """
+
+
+Measured = dict[str, float]
+"""One measurement of the bench."""
 
 
 class Models:
@@ -83,15 +95,24 @@ class Models:
         return SmolLM2Figures(folders[0], texts, self._console, refit=self._refit)
 
     @cached_property
-    def layer(self) -> dict[str, float]:
+    def layer(self) -> Measured:
         """The bench's measurement of a layer of OLMoE's shape: seconds of the wall, and of the processors."""
-        with tempfile.TemporaryDirectory() as scratch:
-            report = Path(scratch) / "bench.json"
-            argv = [sys.executable, "-m", "prism_runtime.refactor.bench", "--layer-only", "--json", str(report)]
-            run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-            if run.returncode:
-                raise NotTaken(f"'{' '.join(argv[1:])}' failed (exit {run.returncode}): {run.stderr[-300:]}")
-            return dict(json.loads(report.read_text())["measurements"]["layer"])
+        return _bench("--layer-only")["layer"]
+
+    @cached_property
+    def growth(self) -> dict[str, Measured]:
+        """The bench's measurements of a few experts of that shape, and of the same with one quantity changed."""
+        return _bench("--growth-only")
+
+
+def _bench(part: str) -> dict[str, Measured]:
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "bench.json"
+        argv = [sys.executable, "-m", "prism_runtime.refactor.bench", part, "--json", str(report)]
+        run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise NotTaken(f"'{' '.join(argv[1:])}' failed (exit {run.returncode}): {run.stderr[-300:]}")
+        return dict(json.loads(report.read_text())["measurements"])
 
 
 Values = Sequence[float | None]
@@ -188,6 +209,10 @@ def _layer_cpu_minutes(models: Models) -> Values:
     return [models.layer["cpu_seconds"] / 60]
 
 
+def _growth(changed: str, models: Models) -> Values:
+    return [models.growth[changed]["cpu_seconds"] / models.growth["few experts"]["cpu_seconds"]]
+
+
 def _smollm2_full(models: Models) -> Values:
     return [models.smollm2.full]
 
@@ -234,6 +259,10 @@ COLLECTORS = {
     "points.topk": _figure("points", _points_top_k, seeds=()),
     "layer.olmoe_minutes": _figure("min", _layer_minutes, (0,), LAYER_COMMAND),
     "layer.olmoe_cpu_minutes": _figure("CPU min", _layer_cpu_minutes, (0,), LAYER_COMMAND),
+    **{
+        f"layer.growth.{name}": _figure("ratio", partial(_growth, changed), (0,), GROWTH_COMMAND)
+        for name, changed in GROWTH.items()
+    },
     **{f"bytes.b500.batch{batch}.kl_topk_over_prism": _figure("ratio", partial(_bytes, batch)) for batch in BATCHES},
     **{
         f"bytes.b500.batch{batch}.kl_topk_over.{selection}": _figure("ratio", partial(_bytes_of, batch, selection))

@@ -34,6 +34,10 @@ QUALITY = {
     "drift.unguarded_error_permille": "the same without it",
     "layer.olmoe_minutes": "time to refactor a layer of OLMoE's shape on two cores",
     "layer.olmoe_cpu_minutes": "processor time of the same, which a busy machine does not stretch",
+    "layer.growth.experts": "that time with twice the experts, over the time of a few",
+    "layer.growth.neurons": "with twice the neurons",
+    "layer.growth.rows": "with twice the calibration rows that a search reads",
+    "layer.growth.proposals": "with four times the proposals of a search",
 }
 DENSE = {
     "recipe": ("slices of 32 neurons by the recipe", "ppl", "realised"),

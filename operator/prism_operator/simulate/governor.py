@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from prism_operator.plan.types import ServicePolicy
 
-PACE_SMOOTHING = 0.3
+PACE_SMOOTHING = 0.05
 """Weight of the newest step in the smoothed time between tokens, as in the runtime."""
 
 

@@ -17,6 +17,9 @@ class History:
     answer: Sequence[int] = ()
 
 
+NO_HISTORY = History()
+
+
 def sample(
     logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float], histories: Sequence[History] | None = None
 ) -> list[int]:
@@ -26,7 +29,7 @@ def sample(
     others invert the cumulative distribution at their `draws` entry, uniform in [0, 1): the token depends on the row's
     own logits, history and draw, never on its batch mates.
     """
-    logits = _reshaped(logits, settings, histories or [History()] * len(settings))
+    logits = _reshaped(logits, settings, histories or [NO_HISTORY] * len(settings))
     tokens = logits.argmax(-1)
     chosen = [row for row, sampling in enumerate(settings) if sampling.temperature > 0]
     if chosen:

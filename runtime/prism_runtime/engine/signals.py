@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from prism_runtime.engine.governor import ClassSignals
 from prism_runtime.engine.types import Event, Finished, Request, Token
 
-TPOT_SMOOTHING = 0.3
-"""Weight of the newest step in the moving average: a change shows after about three steps, one slow step does not."""
+TPOT_SMOOTHING = 0.05
+"""Weight of the newest step in the moving average. What is promised is a mean over a request's tokens, so one step that
+reads a long prompt says little: with 0.3 each of them lowered a pod's budget, for the ten seconds of its dwell.
+"""
 
 
 @dataclass(slots=True)

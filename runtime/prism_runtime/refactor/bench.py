@@ -138,7 +138,9 @@ def main() -> None:
     parser.add_argument("--proposals", type=int, help="of an expert and pass; by default as a partition takes them")
     parser.add_argument("--rows", type=int, default=PartitionSettings(2).rows)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--layer-only", action="store_true", help="leave out how the time grows")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--layer-only", action="store_true", help="leave out how the time grows")
+    parts.add_argument("--growth-only", action="store_true", help="leave out the whole layer")
     parser.add_argument("--json", type=Path, help="write the measurements here")
     options = parser.parse_args()
     shape = Shape(**{name: getattr(options, name) for name in asdict(defaults)})
@@ -150,8 +152,9 @@ def main() -> None:
     }
     measurements: dict[str, object] = {}
     settings = PartitionSettings(shape.sub_experts, proposals=options.proposals, rows=options.rows)
-    further = [] if options.layer_only else variants(shape, settings)
-    for name, wanted, chosen in [("layer", shape, settings), *further]:
+    layer = [] if options.growth_only else [("layer", shape, settings)]
+    growth = [] if options.layer_only else variants(shape, settings)
+    for name, wanted, chosen in [*layer, *growth]:
         found = measure(wanted, replace(chosen, sub_experts=wanted.sub_experts), options.threads)
         measurements[name] = asdict(found)
         gain = 100 * (1 - found.objective / found.start_objective)
