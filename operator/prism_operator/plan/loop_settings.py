@@ -19,7 +19,7 @@ class LoopSettings:
     """Saturation above which the budget sinks; a healthy 90 % quantile lies at 0.2 to 0.45 of the objective."""
     low: float = 0.40
     governor_high: float = 0.90
-    """The same for pods' governors. They feel the mean of some twenty steps and not a quantile over seconds: a step that
+    """The same for pods' governors. They feel the mean of some twenty steps, not a quantile over seconds: a step that
     reads somebody's prompt takes more than an objective in a healthy pod, so only what is nearly a miss is news."""
     clamp: float = 2.0
     """Latency beyond twice the objective says no more than twice does, and would poison averages."""
