@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from evidence.refactor_fits import Fits, settings_of
 from prism_runtime.refactor.baselines import Prefix, TopK
@@ -28,9 +29,10 @@ SEQUENCES = 96
 TOKEN_BUDGETS = (400, 500, 600)
 STEP_ONLY_BUDGETS = (750, 900)
 """Whose compensation the step selections take: in bytes they spend more than in neurons."""
-STEP_BUDGETS = {8: (0.6, 0.65, 0.7), 32: (0.8, 0.85, 0.9)}
-PREFIXES = {8: (11, 12), 32: (14, 15)}
-"""Of 16 sub-experts. All of these lie on both sides of what top-2 of 4 reads; else a selection has no value."""
+STEP_BUDGETS = {8: (0.6, 0.65, 0.7), 32: (0.9, 0.94, 0.97)}
+PREFIXES = {8: (11.0, 12.0), 32: (15.0, 15.5)}
+"""Of 16 sub-experts; 15.5 are 16 in the first half of the layers and 15 in the others. All of these lie on both sides
+of what top-2 of 4 reads; else a selection has no value."""
 PLAIN = "top-k"
 
 
@@ -73,8 +75,16 @@ class ByteFigures:
         alone = {methods[permille / 1000].name for permille in STEP_ONLY_BUDGETS}
         subjects = [each for each in elastic if not (each.selection == "token" and each.method(batch).name in alone)]
         for count in PREFIXES[batch]:
-            counts = torch.full((cut.layers, cut.top_k), count)
-            subjects.append(StepSubject("prefix", always(Prefix(f"prefix {count}", counts, width))))
+            method = Prefix(f"prefix {count:g}", prefix_counts(count, cut.layers, cut.top_k), width)
+            subjects.append(StepSubject("prefix", always(method)))
         for renormalised in (False, True):
             subjects.append(StepSubject(PLAIN, always(TopK(cut.top_k // 2, renormalised))))
         return measure_touching(fits.masked, interleave(fits.evaluation)[:SEQUENCES], subjects, batch)
+
+
+def prefix_counts(mean: float, layers: int, top_k: int) -> Tensor:
+    """int64 [layers, top_k]: sub-experts of each expert, whole numbers of that mean over layers, the larger ones first."""
+    wanted = round(mean * layers)
+    counts = torch.full((layers,), wanted // layers)
+    counts[: wanted % layers] += 1
+    return counts[:, None].expand(layers, top_k).contiguous()

@@ -15,7 +15,7 @@ from evidence import refactor_ablation as ablation
 from evidence import refactor_cache
 from evidence import refactor_page as page
 from evidence.pages import filled
-from evidence.refactor_bytes import ByteFigures
+from evidence.refactor_bytes import ByteFigures, prefix_counts
 from evidence.refactor_cache import FITTING, FitCache, sources_of
 from evidence.refactor_drift import DriftFigures, Served
 from prism_runtime.refactor.elastic import ElasticMethod
@@ -247,3 +247,9 @@ def test_what_a_row_changes_is_bold_and_the_recipe_s_own_is_not() -> None:
 def test_a_page_without_a_block_is_refused() -> None:
     with pytest.raises(ValueError, match="no block 'bytes'"):
         filled("# Page", page.PROGRAM, {"bytes": []})
+
+
+def test_a_prefix_between_two_whole_ones_is_larger_in_the_first_layers() -> None:
+    counts = prefix_counts(15.5, layers=4, top_k=2)
+    assert counts.tolist() == [[16, 16], [16, 16], [15, 15], [15, 15]]
+    assert prefix_counts(11.0, layers=3, top_k=1).tolist() == [[11], [11], [11]]
