@@ -83,7 +83,7 @@ class ByteFigures:
 
 
 def prefix_counts(mean: float, layers: int, top_k: int) -> Tensor:
-    """int64 [layers, top_k]: sub-experts of each expert, whole numbers of that mean over layers, the larger ones first."""
+    """int64 [layers, top_k]: sub-experts of each expert, whole numbers of that mean over layers; larger ones first."""
     wanted = round(mean * layers)
     counts = torch.full((layers,), wanted // layers)
     counts[: wanted % layers] += 1
