@@ -189,10 +189,15 @@ class Watching:
 
 
 class _Sums:
-    def __init__(self, subject: Subject, watching: Watching | None) -> None:
+    """Of one subject on so many sequences of one length. Their memory is taken at once: small pieces, kept one by one
+    among the large ones that every forward frees, held a hundred times their size.
+    """
+
+    def __init__(self, subject: Subject, watching: Watching | None, sequences: int, length: int) -> None:
         self.subject = subject
-        self.rows: list[Tensor] = []
-        self.positions: list[Tensor] = []
+        self.rows = torch.empty(sequences, 5)
+        self.positions = torch.empty(sequences, length)
+        self.measured = 0
         self.realised = 0.0
         self.by_layer: list[float] = []
         self.watches = None if watching is None else [_watch(subject, watching, dense=dense) for dense in (False, True)]
@@ -201,18 +206,18 @@ class _Sums:
         kl = (full.exp() * (full - point)).sum(-1)
         first, other = full.argmax(-1), point.argmax(-1)
         met, meets = first[:, :-1] == targets, other[:, :-1] == targets
-        self.positions.append(kl)
-        self.rows.append(
-            torch.stack(
-                [
-                    kl.mean(1),
-                    -point[:, :-1].gather(-1, targets[..., None])[..., 0].mean(1),
-                    (first == other).float().mean(1),
-                    (met & ~meets).float().mean(1),
-                    (meets & ~met).float().mean(1),
-                ],
-                1,
-            )
+        here = slice(self.measured, self.measured + len(kl))
+        self.measured = here.stop
+        self.positions[here] = kl
+        self.rows[here] = torch.stack(
+            [
+                kl.mean(1),
+                -point[:, :-1].gather(-1, targets[..., None])[..., 0].mean(1),
+                (first == other).float().mean(1),
+                (met & ~meets).float().mean(1),
+                (meets & ~met).float().mean(1),
+            ],
+            1,
         )
 
     def count(self, model: CountingForward, sequences: int) -> None:
@@ -221,8 +226,8 @@ class _Sums:
         self.by_layer = [a + b for a, b in zip(self.by_layer, layers, strict=True)] if self.by_layer else layers
 
     def measurement(self, sequences: int) -> Measurement:
-        kl, cross_entropy, same_top1, lost, gained = torch.cat(self.rows).double().numpy().T
-        positions = torch.cat(self.positions).flatten().sort().values
+        kl, cross_entropy, same_top1, lost, gained = self.rows.double().numpy().T
+        positions = self.positions.flatten().sort().values
         sparse, dense = (None, None) if self.watches is None else (each.observation() for each in self.watches)
         return Measurement(
             self.subject.family,
@@ -273,7 +278,8 @@ def evaluate_methods(
 
     `advance` is told the number of sequences after each batch.
     """
-    sums = [_Sums(subject, watching) for subject in subjects]
+    size = len(sequences), len(sequences[0].ids)
+    sums = [_Sums(subject, watching, *size) for subject in subjects]
     for number, batch in enumerate(batches(sequences, size=4)):
         targets = torch.tensor([sequence.ids for sequence in batch])[:, 1:]
         full = model.log_probabilities(batch, None)
