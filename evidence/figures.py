@@ -103,6 +103,7 @@ def load(path: Path) -> dict[str, dict[str, Any]]:
 def merge(path: Path, taken: Figure, order: Sequence[str]) -> None:
     """Write one figure into the file and keep the others, in the order of `order`; other ids are dropped."""
     written = {key: value for key, value in asdict(taken).items() if key != "why" or value is not None}
+    written["seeds"] = list(taken.seeds)  # JSON knows no ranges
     figures = load(path) | {taken.id: written}
     path.write_text(json.dumps([figures[name] for name in order if name in figures], indent=1) + "\n")
 

@@ -117,3 +117,9 @@ def test_every_figure_names_versions_and_how_it_was_taken(suite: Taken) -> None:
     figure = evidence.collect("models.equal_at_full", suite)
     assert figure.how.startswith("python -m pytest")
     assert {"commit", "python", "kubernetes", "torch"} <= figure.versions.keys()
+
+
+def test_seeds_are_written_whatever_holds_them(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    merge(path, measured("one", [1.0, 2.0], "s", "make", range(2)), ["one"])
+    assert load(path)["one"]["seeds"] == [0, 1]
