@@ -9,6 +9,7 @@ process, never times: how they are taken is told in `evidence.runtime_bench`.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,13 @@ class Runs:
         self._console.print("Timing a layer of OLMoE's shape")
         layer = bench.Layer()
         return [bench.layer_round(layer) for _ in range(LAYER_ROUNDS)]
+
+    @cached_property
+    def threads(self) -> list[dict[int, bench.Times]]:
+        """Rounds of wall times by number of tokens, on one thread and on two."""
+        self._console.print("Timing that layer on two threads")
+        layer = bench.Layer()
+        return [bench.thread_round(layer) for _ in range(LAYER_ROUNDS)]
 
     @cached_property
     def embedded(self) -> list[dict[int, bench.Times]]:
@@ -122,6 +130,13 @@ def _over_transformers(runs: Runs) -> Values:
     return [min(times["transformers"] / times["cpp.full"] for times in each.values()) for each in runs.layer]
 
 
+def _two_threads(runs: Runs) -> Values:
+    _needs_compiler("cpp")
+    if (os.cpu_count() or 1) < 2:
+        raise NotTaken("this machine has one processor")
+    return [min(times["1"] / times["2"] for times in each.values()) for each in runs.threads]
+
+
 def _needs_compiler(kernel: str) -> None:
     if kernel == "cpp" and not bench.cpu_moe.available():
         raise NotTaken("there is no C compiler here, and no compiled kernel")
@@ -157,6 +172,7 @@ COLLECTORS = {
     "layer.half_over_full.cpp": _figure("ratio", partial(_half_over_full, "cpp")),
     "layer.half_over_full.torch": _figure("ratio", partial(_half_over_full, "torch")),
     "layer.speedup_over_transformers.cpp": _figure("ratio", _over_transformers),
+    "layer.two_threads.cpp": _figure("ratio", _two_threads),
     **{
         f"engine.over_{name}.b{batch}": _figure("ratio", partial(_engine_over, variant, batch), SEEDS)
         for name, variant in (("generate", "generate"), ("continuous_batching", "batching"))

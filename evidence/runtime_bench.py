@@ -35,7 +35,7 @@ from prism_runtime.kernels.plan import PlanTables, PlanTensor
 from tests.runtime.models import COUNTS, SUB_EXPERTS, tiny_manifest
 
 Times = dict[str, float]
-"""CPU seconds by variant."""
+"""Seconds by variant: of the CPU, where nothing else is said."""
 
 TOKENS = (1, 8, 32)
 BATCHES = (8, 32)
@@ -72,8 +72,8 @@ Variants = dict[str, Sequence[Callable[[], object]]]
 """What is timed, by name: the same work on as many inputs as the others, in the same order."""
 
 
-def interleaved(variants: Variants, repetitions: int) -> Times:
-    """CPU seconds of each on one input: the 10th percentile of `repetitions`, averaged over inputs.
+def interleaved(variants: Variants, repetitions: int, clock: Callable[[], float] = time.process_time) -> Times:
+    """Seconds of each on one input: the 10th percentile of `repetitions`, averaged over inputs.
 
     Variants take turns. With several inputs each runs on the one before first, untimed, as a model runs layer after
     layer: its code is then at hand, and the weights that the timed input chooses are not.
@@ -87,9 +87,9 @@ def interleaved(variants: Variants, repetitions: int) -> Times:
             which = turn % inputs
             if inputs > 1:
                 runs[which - 1]()
-            begun_s = time.process_time()
+            begun_s = clock()
             runs[which]()
-            taken[name][which].append(time.process_time() - begun_s)
+            taken[name][which].append(clock() - begun_s)
     return {
         name: statistics.fmean(sorted(values)[len(values) // 10] for values in by_input)
         for name, by_input in taken.items()
@@ -119,6 +119,18 @@ class Layer:
                 variants[f"{name}.{budget}"] = [self._run(kernel, point, *draw) for draw in draws]
         return interleaved(variants, repetitions)
 
+    @torch.inference_mode()
+    def thread_times(self, tokens: int, repetitions: int) -> Times:
+        """Seconds of the wall for so many tokens at the full budget in C, by number of threads."""
+        draws = [self._draw(tokens) for _ in range(DRAWS[tokens])]
+        runs = [self._run(cpu_moe.sub_expert_moe, FULL, *draw) for draw in draws]
+        before = torch.get_num_threads()
+        try:
+            variants: Variants = {str(count): [partial(_with_threads, count, run) for run in runs] for count in (1, 2)}
+            return interleaved(variants, repetitions, time.perf_counter)
+        finally:
+            torch.set_num_threads(before)
+
     def _draw(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random rows, their experts and router weights."""
         hidden = torch.randn(tokens, self.config.hidden_size).bfloat16()
@@ -135,6 +147,11 @@ class Layer:
         return lambda: kernel(hidden, ids, weights, 0, plan, self.weights)
 
 
+def _with_threads(count: int, run: Callable[[], object]) -> None:
+    torch.set_num_threads(count)
+    run()
+
+
 DRAWS = {1: 8, 8: 4, 32: 2}
 REPETITIONS = {1: 10, 8: 5, 32: 5}
 """By number of tokens: random inputs, and how often each is run."""
@@ -143,6 +160,11 @@ REPETITIONS = {1: 10, 8: 5, 32: 5}
 def layer_round(layer: Layer) -> dict[int, Times]:
     """Times of one round by number of tokens."""
     return {tokens: layer.times(tokens, REPETITIONS[tokens]) for tokens in TOKENS}
+
+
+def thread_round(layer: Layer) -> dict[int, Times]:
+    """Seconds of the wall of one round by number of tokens, on one thread and on two."""
+    return {tokens: layer.thread_times(tokens, REPETITIONS[tokens]) for tokens in TOKENS}
 
 
 # -- the whole engine ----------------------------------------------------------------------------------------------
@@ -257,18 +279,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     console = Console()
     if not arguments.engine:
-        for tokens, times in layer_round(Layer()).items():
-            _print(console, f"layer, {tokens} tokens", times)
+        layer = Layer()
+        for tokens, times in layer_round(layer).items():
+            _print(console, f"layer, {tokens} tokens, ms of CPU", times)
+        for tokens, times in thread_round(layer).items():
+            _print(console, f"layer, {tokens} tokens, ms by threads", times)
     for make in (embedded, larger):
         if not arguments.layer and arguments.engine in (None, make.__name__):
             for batch, times in engine_round(make(), seed=0).items():
-                _print(console, f"{make.__name__} model, batch {batch}", times)
+                _print(console, f"{make.__name__} model, batch {batch}, ms of CPU", times)
     return 0
 
 
 def _print(console: Console, title: str, times: Times) -> None:
     shown = "  ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in times.items())
-    console.print(f"{title}, ms of CPU: {shown}", highlight=False, soft_wrap=True)
+    console.print(f"{title}: {shown}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
