@@ -130,11 +130,11 @@ def _over_transformers(runs: Runs) -> Values:
     return [min(times["transformers"] / times["cpp.full"] for times in each.values()) for each in runs.layer]
 
 
-def _two_threads(runs: Runs) -> Values:
+def _two_threads(tokens: int, runs: Runs) -> Values:
     _needs_compiler("cpp")
     if (os.cpu_count() or 1) < 2:
         raise NotTaken("this machine has one processor")
-    return [min(times["1"] / times["2"] for times in each.values()) for each in runs.threads]
+    return [each[tokens]["1"] / each[tokens]["2"] for each in runs.threads]
 
 
 def _needs_compiler(kernel: str) -> None:
@@ -172,7 +172,7 @@ COLLECTORS = {
     "layer.half_over_full.cpp": _figure("ratio", partial(_half_over_full, "cpp")),
     "layer.half_over_full.torch": _figure("ratio", partial(_half_over_full, "torch")),
     "layer.speedup_over_transformers.cpp": _figure("ratio", _over_transformers),
-    "layer.two_threads.cpp": _figure("ratio", _two_threads),
+    **{f"layer.two_threads.t{tokens}": _figure("ratio", partial(_two_threads, tokens)) for tokens in bench.TOKENS},
     **{
         f"engine.over_{name}.b{batch}": _figure("ratio", partial(_engine_over, variant, batch), SEEDS)
         for name, variant in (("generate", "generate"), ("continuous_batching", "batching"))

@@ -71,6 +71,7 @@ def test_architectures_count_that_pass_both_tests() -> None:
 def test_every_figure_of_the_runtime_has_a_collector() -> None:
     assert list(COLLECTORS) == [
         *("layer.half_over_full.cpp", "layer.half_over_full.torch", "layer.speedup_over_transformers.cpp"),
+        *("layer.two_threads.t1", "layer.two_threads.t8", "layer.two_threads.t32"),
         *("engine.over_generate.b8", "engine.over_generate.b32"),
         *("engine.over_continuous_batching.b8", "engine.over_continuous_batching.b32", "engine.half_over_full"),
         *("goodput.over_fifo", "goodput.over_paper_policy"),
