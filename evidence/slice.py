@@ -65,7 +65,7 @@ class Runs:
 
     @cached_property
     def demos(self) -> list[tuple[float, Summary]]:
-        """Wall seconds and report of each demo, on warm caches. The reports stay: `evidence.planner_cluster --report`."""
+        """Wall seconds and report of each demo, on warm caches; the reports stay, for `evidence.planner_cluster`."""
         taken = []
         for number in range(1, self._demo_runs + 1):
             DEMO_REPORT.unlink(missing_ok=True)
