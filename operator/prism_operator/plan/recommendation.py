@@ -77,12 +77,11 @@ def kept(history: Sequence[Recommendation]) -> int:
 
     A window with pauses in it has no mean that tells anything: load that comes in bursts is kept for at its largest.
     """
-    least = max(one.asked.least for one in history)
-    if any(one.asked.paused for one in history):
-        return max(least, *(one.asked.down for one in history))
-    load = statistics.fmean(one.asked.kept for one in history)
-    burst = statistics.fmean(one.asked.burst for one in history)
-    return max(whole(load), whole(burst), least)
+    asked = [one.asked for one in history]
+    if any(one.paused for one in asked):
+        return max(one.down for one in asked)
+    load, burst = statistics.fmean(one.kept for one in asked), statistics.fmean(one.burst for one in asked)
+    return max(whole(load), whole(burst), *(one.least for one in asked))
 
 
 def whole(replicas: float) -> int:
