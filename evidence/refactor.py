@@ -158,6 +158,13 @@ def _points_prism(models: Models) -> Values:
     return [_stable(count_points(candidates, small.domains, small.runs(SEEDS, FINE)))]
 
 
+def _rises(models: Models) -> Values:
+    """Of seed 0's candidates on the evaluation text, before any fit makes them monotone."""
+    small = models.small
+    candidates = candidates_of(small.prism(0, FINE, LADDER), [permille / 1000 for permille in LADDER])
+    return [float(count_points(candidates, small.domains).rises)]
+
+
 def _points_top_k(models: Models) -> Values:
     small = models.small
     best = 0
@@ -255,6 +262,8 @@ COLLECTORS = {
     "kl.prism.b500": _figure("nats a token", _prism),
     "kl.oracle.b500": _figure("nats a token", _oracle),
     "points.prism": _figure("points", _points_prism),
+    "points.prism.candidates": _figure("points", lambda _: [len(LADDER)], seeds=()),
+    "points.prism.rises": _figure("points", _rises, (0,)),
     "points.paper": _figure("points", _points_paper),
     "points.topk": _figure("points", _points_top_k, seeds=()),
     "layer.olmoe_minutes": _figure("min", _layer_minutes, (0,), LAYER_COMMAND),

@@ -28,6 +28,8 @@ QUALITY = {
     "kl.prism.b500": "our KL at 50 %",
     "kl.oracle.b500": "KL of a gate that knows the true norms, on our partition, at 50 %",
     "points.prism": "distinct, stable operating points of ours below full",
+    "points.prism.candidates": "candidates that were offered",
+    "points.prism.rises": "of these, pairs of neighbours in cost of which the dearer has the higher KL, before any fit",
     "points.topk": "of plain top-k",
     "points.paper": "of the published method",
     "drift.realised_error_permille": "largest error of the realised budget on unseen text, with the drift guard",
