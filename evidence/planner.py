@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence import figures
+from evidence import planner_page as page
 from evidence.figures import NotTaken, load
 from prism_operator import plan_bench
 from prism_operator.plan.policy import resolve
@@ -321,7 +322,7 @@ def main() -> int:
     names = [name for name in wanted if name not in CLUSTER or name not in load(OUT)]
     figures.take_into(OUT, COLLECTORS, names, None, partial(print, file=sys.stderr, flush=True))
     figures.fill_in(OUT, COLLECTORS, NEVER_TAKEN)
-    return 0
+    return page.main([])
 
 
 if __name__ == "__main__":
