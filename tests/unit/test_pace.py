@@ -141,14 +141,22 @@ def test_time_per_token_follows_recent_steps_and_ends_with_the_running_requests(
     for step in range(10):
         signals.observe([Token("a", 1, 1, 0)], 0.1 * step)
     assert signals.read(1.0)["gold"].tpot_s == pytest.approx(0.1)
-    for step in range(5):
+    for step in range(40):
         signals.observe([Token("a", 1, 1, 0)], 1.1 + 0.2 * step)
-    recent_s = signals.read(2.0)["gold"].tpot_s
+    recent_s = signals.read(10.0)["gold"].tpot_s
     assert recent_s is not None
     assert 0.17 < recent_s < 0.2
-    signals.observe([Finished("a", FinishReason.LENGTH)], 2.0)
-    assert signals.read(2.0) == {}
+    signals.observe([Finished("a", FinishReason.LENGTH)], 10.0)
+    assert signals.read(10.0) == {}
     assert signals.in_flight() == []
+
+
+def test_one_step_that_reads_a_long_prompt_shows_little_in_the_time_per_token() -> None:
+    signals = LoadSignals()
+    submit(signals, "a", "gold", 0.0)
+    for now_s in (0.0, 0.1, 0.2, 0.7):
+        signals.observe([Token("a", 1, 1, 0)], now_s)
+    assert signals.read(1.0)["gold"].tpot_s == pytest.approx(0.12)
 
 
 def test_refused_request_leaves_no_trace() -> None:

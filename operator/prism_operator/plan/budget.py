@@ -3,8 +3,9 @@
 Down, all steps at once:
     if offered load does not fit ready capacity at the current points, take the highest points at which it does;
     if latency says saturated (above `high`) although it fits, take one step. Nothing but missed objectives asks for the
-    next while the window of latencies holds some from before it. In the minute after a pod became ready latency says
-    nothing: that pod gets every request, the others none, and what is slow there is its governor's matter.
+    next while the window of latencies holds some from before it, nor for any in a pool's first minute. In the minute
+    after a pod joined others latency says nothing: that pod gets every request, the others none, and what is slow there
+    is its governor's matter.
 Up, one step after a dwell:
     if saturation is below `low`, is predicted to stay below `high` at the point above, and load would fit there: with a
     margin throughout the dwell, or without one throughout the slow loop's down window. Without the second, a load that
@@ -253,9 +254,10 @@ def _why_down(policy: ServicePolicy, pressure: Pressure, points: Points, since_m
         return f"offered {offered(pressure)} exceeds {pressure.ready} ready pods at {listed(points)}"
     if fits is None and pressure.backlog > pressure.ready:
         return f"{pressure.backlog} requests wait on {pressure.ready} ready pods, and capacity is not known"
-    if fits and pressure.settled_s <= loop.long_window_s:
+    if fits and pressure.joining:
         return None
-    high = loop.high if since_move_s > loop.short_window_s or fits is None else 1.0
+    telling = since_move_s > loop.short_window_s and pressure.settled_s > loop.long_window_s
+    high = loop.high if telling or fits is None else 1.0
     hot = {name: s for name, s in pressure.saturation.items() if s is not None and s > high}
     if hot:
         name = max(hot, key=lambda key: hot[key])

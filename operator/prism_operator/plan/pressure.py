@@ -27,7 +27,9 @@ class Pressure:
     loads         the same with lengths; None if any class with traffic has unknown lengths
     backlog       waiting requests beyond the one per pod that only waits for the current step to end, if every pod had
                   as many as the median one: what waits at a few pods is a matter of their governors, not of the pool
-    settled_s     how long the newest pod has been ready: see `Observation.settled_s`
+    settled_s     how long the newest pod has been ready
+    joining       that is a short time, and others were there before: it gets every request until it is as full as they
+                  are, and what is slow there meanwhile says nothing about the pool
     """
 
     acknowledged: int
@@ -37,6 +39,7 @@ class Pressure:
     loads: tuple[ClassLoad, ...] | None
     backlog: int
     settled_s: float
+    joining: bool
     profile: Profile | None
     saturation: Mapping[str, float | None]
     _needs: dict[tuple[tuple[str, str], ...], float | None] = field(default_factory=dict, compare=False, repr=False)
@@ -114,6 +117,7 @@ def measure(observation: Observation, state: DemandState, policy: ServicePolicy,
         loads=_loads(policy, state, rates, backlog),
         backlog=backlog,
         settled_s=observation.settled_s,
+        joining=observation.settled_s <= policy.loop.long_window_s < observation.oldest_s,
         profile=None if observation.profile is None else capacity.scaled(observation.profile, state.cost_factor),
         saturation={
             class_policy.name: _saturation(class_policy, observation.now_s, state, policy, memory)

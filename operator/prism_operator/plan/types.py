@@ -112,9 +112,13 @@ class Observation:
 
     @property
     def settled_s(self) -> float:
-        """How long the newest pod has been ready: it gets every request until it is as full as the others, and what is
-        slow there meanwhile says nothing about the pool."""
+        """How long the newest pod has been ready; infinite where that is not known of any."""
         return self.now_s - max((pod.ready_s for pod in self.ready if pod.ready_s is not None), default=-math.inf)
+
+    @property
+    def oldest_s(self) -> float:
+        """How long the oldest pod has been ready; 0 where that is not known of any."""
+        return self.now_s - min((pod.ready_s for pod in self.ready if pod.ready_s is not None), default=self.now_s)
 
     @property
     def starting(self) -> tuple[PodView, ...]:

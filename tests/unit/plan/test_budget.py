@@ -74,13 +74,22 @@ def test_what_waits_at_one_pod_of_three_is_not_the_pools_matter() -> None:
 
 
 @pytest.mark.parametrize(("ready_s", "point"), [(30, "full"), (90, "b875")])
-def test_latency_in_the_minute_after_a_pod_became_ready_says_nothing_where_the_load_fits(
+def test_latency_in_the_minute_after_a_pod_joined_others_says_nothing_where_the_load_fits(
     ready_s: float, point: str
 ) -> None:
     """It gets every request until it is as full as the others; 1,600 of 1,500 ms are missed objectives."""
     policy = service_policy()
     slow = demand_of(policy, LOW, NOW_S, ttft_ms=1600)
-    plan, _ = budget.decide(observation(NOW_S, pods=(pod(ready_s=NOW_S - ready_s),)), slow, policy, _state())
+    pods = (pod("old", ready_s=NOW_S - 500), pod("new", ready_s=NOW_S - ready_s))
+    plan, _ = budget.decide(observation(NOW_S, pods=pods), slow, policy, _state())
+    assert plan.by_name(NAME).point == point
+
+
+@pytest.mark.parametrize(("ttft_ms", "point"), [(1000, "full"), (1600, "b875")])
+def test_latency_in_a_pools_first_minute_counts_only_if_objectives_are_missed(ttft_ms: float, point: str) -> None:
+    policy = service_policy()
+    slow = demand_of(policy, LOW, NOW_S, ttft_ms=ttft_ms)
+    plan, _ = budget.decide(observation(NOW_S, pods=(pod(ready_s=NOW_S - 30),)), slow, policy, _state())
     assert plan.by_name(NAME).point == point
 
 
