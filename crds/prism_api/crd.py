@@ -14,7 +14,8 @@ import yaml
 from prism_api import GROUP, VERSION
 from prism_api.base import Document
 from prism_api.model import PrismModelSpec, PrismModelStatus
-from prism_api.service import PrismServiceSpec, PrismServiceStatus
+from prism_api.service import PrismServiceSpec
+from prism_api.service_status import PrismServiceStatus
 
 NAME_RULE = {
     "rule": "size(self.metadata.name) <= 40 && !self.metadata.name.contains('.')",

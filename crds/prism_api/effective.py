@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from decimal import Decimal
 
-from prism_api.service import ForecastMethod, PrismServiceSpec, Reserve, Switch
+from prism_api.scaling import ForecastMethod, Reserve, Switch
+from prism_api.service import PrismServiceSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""PrismService: objectives, quality floor, cost cap and bounds of one elastic service. Source of its CRD."""
+"""PrismService: objectives, quality floor, cost cap and bounds of one elastic service. Source of its CRD's spec."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
@@ -9,19 +9,15 @@ from prism_api.base import (
     IMMUTABLE,
     AttainmentTarget,
     Document,
-    Generation,
-    Headroom,
     Money,
     Name,
     Ratio,
-    ReplicaCount,
-    Timestamp,
     block,
     named_list,
     rules,
 )
-from prism_api.conditions import Condition
 from prism_api.pool import Pool
+from prism_api.scaling import Scaling, Switch
 
 PointName = Name
 
@@ -102,11 +98,6 @@ class BudgetControl(StrEnum):
     OFF = "Off"
 
 
-class Switch(StrEnum):
-    ENABLED = "Enabled"
-    DISABLED = "Disabled"
-
-
 class Brownout(StrEnum):
     LOWEST_PRIORITY_FIRST = "LowestPriorityFirst"
     MARGINAL_QUALITY = "MarginalQuality"
@@ -159,151 +150,6 @@ class Budget(Document):
         validate_default=True,
         description="Which class sinks first: `LowestPriorityFirst`, each to its floor before the next moves, or "
         "`MarginalQuality`, the step that gives up the least quality for the capacity it gains.",
-    )
-
-
-class ScalingControl(StrEnum):
-    MANAGED = "Managed"
-    EXTERNAL = "External"
-    FIXED = "Fixed"
-
-
-class Stabilization(Document):
-    stabilization_window_seconds: Annotated[int, Field(ge=0, le=3600)] | None = Field(
-        None, description="Recommendations of this window are combined; 30 up and 300 down if not set."
-    )
-
-
-class Behavior(Document):
-    """The shape of autoscaling/v2 behavior."""
-
-    scale_up: Stabilization = block(Stabilization, "Scaling up.")
-    scale_down: Stabilization = block(Stabilization, "Scaling down.")
-
-
-class Reserve(StrEnum):
-    MIXED = "Mixed"
-    QUALITY = "Quality"
-    REPLICAS = "Replicas"
-
-
-class ForecastMethod(StrEnum):
-    AUTO = "Auto"
-    OFF = "Off"
-    HOLT = "Holt"
-    HOLT_WINTERS = "HoltWinters"
-
-
-class Forecast(Document):
-    method: ForecastMethod = Field(
-        ForecastMethod.AUTO,
-        validate_default=True,
-        description="`Auto` takes what erred least of late: the rate now, a trend (`Holt`) or the hour of the day "
-        "(`HoltWinters`). `Off` plans for the rate now.",
-    )
-    horizon_seconds: Annotated[int, Field(ge=0, le=3600)] = Field(
-        0, description="How far ahead; 0 is the measured time until a new pod is ready."
-    )
-
-
-class Idle(Document):
-    scale_to_zero: Switch = Field(
-        Switch.DISABLED,
-        validate_default=True,
-        description="Remove the last replica of an idle service; needs minReplicas 0. The annotation "
-        "`moeprism.io/wake` (a new RFC 3339 time) or a schedule brings it back; requests do not.",
-    )
-    after_seconds: Annotated[int, Field(ge=60, le=86_400)] = Field(
-        900, description="How long without a request before a service is idle."
-    )
-
-
-ClockTime = Annotated[str, Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$", max_length=5)]
-Day = Annotated[Literal["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], Field(description="A day of the week.")]
-
-
-class Schedule(Document):
-    """Bounds of the replica count by time of day."""
-
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            (
-                "self.start < self.end",
-                "start must be before end; write a span over midnight as two schedules",
-                ".start",
-            ),
-            (
-                "!has(self.minReplicas) || !has(self.maxReplicas) || self.minReplicas <= self.maxReplicas",
-                "minReplicas must be less than or equal to maxReplicas; raise maxReplicas or lower minReplicas",
-                ".minReplicas",
-            ),
-        )
-    )
-    name: Name = Field(description="Name of the schedule.")
-    time_zone: Annotated[str, Field(min_length=1, max_length=64)] = Field(
-        "UTC", description="Time zone of `start` and `end`, as in the IANA database: `Europe/Berlin`."
-    )
-    days: Annotated[list[Day], Field(max_length=7)] = Field(
-        default_factory=list, description="Days on which it applies; every day if empty."
-    )
-    start: ClockTime = Field(description="First minute, HH:MM. Replicas are ordered so early that they are ready.")
-    end: ClockTime = Field(description="First minute after it, HH:MM; at most `23:59`.")
-    min_replicas: Annotated[int, Field(ge=0, le=1000)] | None = Field(
-        None, description="Takes the place of scaling.minReplicas."
-    )
-    max_replicas: Annotated[int, Field(ge=1, le=1000)] | None = Field(
-        None, description="Takes the place of scaling.maxReplicas."
-    )
-
-
-class Scaling(Document):
-    """The slow knob: who owns the replica count, and its bounds."""
-
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            (
-                "!has(self.maxReplicas) || self.minReplicas <= self.maxReplicas",
-                "minReplicas must be less than or equal to maxReplicas; raise maxReplicas or lower minReplicas",
-                ".minReplicas",
-            ),
-            (
-                "self.idle.scaleToZero == 'Enabled' || self.minReplicas > 0",
-                "minReplicas must be greater than 0 unless idle.scaleToZero is 'Enabled'",
-                ".minReplicas",
-            ),
-        )
-    )
-    control: ScalingControl = Field(
-        ScalingControl.MANAGED,
-        validate_default=True,
-        description="`Managed`: the operator decides. `External`: HPA, KEDA or a user through /scale. "
-        "`Fixed`: as written.",
-    )
-    min_replicas: Annotated[int, Field(ge=0, le=1000)] = Field(
-        1, description="Lower bound of replicas; 0 needs idle.scaleToZero, and even then a busy service keeps one."
-    )
-    max_replicas: Annotated[int, Field(ge=1, le=1000)] | None = Field(
-        None, description="Upper bound of replicas; required when Managed."
-    )
-    max_step: Annotated[int, Field(ge=1, le=64)] | None = Field(
-        None, description="Most replicas that one decision adds or removes; 4 if not set."
-    )
-    headroom: Headroom | None = Field(
-        None,
-        description="Share of capacity kept above the planned demand, a decimal up to 2. If not set, it is learned: "
-        "`0.10`, or as much as the load lately exceeded what was expected of it before new replicas could be ready.",
-    )
-    reserve: Reserve = Field(
-        Reserve.MIXED,
-        validate_default=True,
-        description="In what coin `headroom` is held: `Replicas` as idle pods, `Quality` as room that the budget can "
-        "make, `Mixed` half and half.",
-    )
-    forecast: Forecast = block(Forecast, "Planning for the load at the time when new replicas are ready.")
-    behavior: Behavior = block(Behavior, "Stabilization windows.")
-    idle: Idle = block(Idle, "Scale to zero.")
-    schedules: list[Schedule] = named_list(
-        "Bounds by time of day; of several that apply the first one counts.", default_factory=list, max_length=16
     )
 
 
@@ -458,82 +304,3 @@ class PrismServiceSpec(Document):
     @property
     def pool(self) -> Pool:
         return self.pools[0]
-
-
-class BudgetStatus(Document):
-    epoch: Generation = Field(description="Epoch of the last directive.")
-    sequence: Generation = Field(description="Sequence of the last directive.")
-    acked_replicas: ReplicaCount = Field(description="Ready pods that acknowledged the last directive.")
-    stale_replicas: ReplicaCount = Field(description="Ready pods without a fresh report.")
-    mean_budget_permille: Annotated[int, Field(ge=0, le=1000)] = Field(
-        description="Mean activation budget over ready pods and classes."
-    )
-    last_switch_time: Timestamp | None = Field(None, description="When an operating point last changed, RFC 3339.")
-
-
-class ClassStatus(Document):
-    """What one service class gets now."""
-
-    name: Name = Field(description="Name of the class.")
-    point: Name = Field(description="Operating point last sent.")
-    effective_pods: ReplicaCount = Field(description="Pods that run this class at `point`.")
-    attainment: Ratio | None = Field(None, description="Share of requests met in the window; absent without traffic.")
-    ttft_milliseconds: Annotated[int, Field(ge=0, le=86_400_000)] | None = Field(
-        None, description="Time to first token at the attainment target's quantile."
-    )
-    tpot_milliseconds: Annotated[int, Field(ge=0, le=86_400_000)] | None = Field(
-        None, description="Time per output token at the attainment target's quantile."
-    )
-    relative_quality: Ratio | None = Field(None, description="Token-weighted relative quality in the window.")
-    degraded_seconds_left: Annotated[int, Field(ge=0, le=86_400)] | None = Field(
-        None, description="What is left of quality.maxDegradedSecondsPerDay; absent without such a limit."
-    )
-
-
-class CostStatus(Document):
-    per_hour: Money = Field(description="Current price of all replicas an hour.")
-    cap_utilization: Money | None = Field(None, description="perHour divided by cost.maxPerHour.")
-
-
-class RecommendedPoint(Document):
-    """The planned operating point of one class."""
-
-    class_name: Name = Field(alias="class", description="Name of the class.")
-    point: Name = Field(description="Operating point that the plan wants.")
-
-
-class Recommendation(Document):
-    replicas: ReplicaCount = Field(description="Replicas that the plan wants.")
-    points: list[RecommendedPoint] = Field(max_length=8, description="Operating point per class.")
-    reason: Annotated[str, Field(max_length=64)] = Field(description="Why; one of the documented reasons.")
-
-
-class Decision(Document):
-    """One move of a knob. Newest first in status, at most five."""
-
-    time: Timestamp = Field(description="When, RFC 3339.")
-    kind: Literal["Budget", "Replicas"] = Field(description="Which knob.")
-    class_name: Name | None = Field(None, alias="class", description="Class, for a Budget decision.")
-    from_: Annotated[str, Field(max_length=32)] = Field(alias="from", description="Value before.")
-    to: Annotated[str, Field(max_length=32)] = Field(description="Value after.")
-    reason: Annotated[str, Field(max_length=64)] = Field(description="Why; one of the documented reasons.")
-    message: Annotated[str, Field(max_length=512)] = Field(description="Inputs and the rejected alternative.")
-
-
-class PrismServiceStatus(Document):
-    """What the operator saw and did. Small and slow: written on change, at most once every five seconds."""
-
-    observed_generation: Generation | None = Field(
-        None, description="Generation of the spec that this status describes."
-    )
-    replicas: ReplicaCount | None = Field(None, description="Pods of the Deployment; the /scale subresource reads it.")
-    ready_replicas: ReplicaCount | None = Field(None, description="Pods that are Ready.")
-    starting_replicas: ReplicaCount | None = Field(None, description="Pods that are ordered and not yet Ready.")
-    desired_replicas: ReplicaCount | None = Field(None, description="Pods that the operator wants.")
-    selector: Annotated[str, Field(max_length=256)] | None = Field(None, description="Label selector of the pods.")
-    budget: BudgetStatus | None = Field(None, description="The last directive and who follows it.")
-    classes: list[ClassStatus] | None = named_list("State by class.", default=None, max_length=8)
-    cost: CostStatus | None = Field(None, description="What the service costs now.")
-    recommendation: Recommendation | None = Field(None, description="What the plan wants now.")
-    decisions: list[Decision] | None = Field(None, max_length=5, description="The last five decisions, newest first.")
-    conditions: list[Condition] | None = named_list("Conditions.", key="type", default=None, max_length=16)

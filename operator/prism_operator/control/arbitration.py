@@ -8,7 +8,7 @@ import asyncio
 import logging
 from decimal import Decimal
 
-from prism_api.service import ScalingControl
+from prism_api.scaling import ScalingControl
 from prism_operator.control.events import Events, Regarding
 from prism_operator.control.leadership import Leadership
 from prism_operator.control.world import ServiceKey, ServiceWorld, World

@@ -9,7 +9,8 @@ from decimal import Decimal
 from prism_api.control import Directive, Fence
 from prism_api.model import PrismModelSpec
 from prism_api.points import Ladder
-from prism_api.service import BudgetControl, Mode, OnCap, PrismServiceSpec, ScalingControl, ServiceClass, Switch
+from prism_api.scaling import ScalingControl, Switch
+from prism_api.service import BudgetControl, Mode, OnCap, PrismServiceSpec, ServiceClass
 
 
 def directive_violation(

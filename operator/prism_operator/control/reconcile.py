@@ -12,7 +12,9 @@ from typing import Literal
 from pydantic import ValidationError
 
 from prism_api.model import PrismModelSpec
-from prism_api.service import Decision, PrismServiceSpec, ScalingControl
+from prism_api.scaling import ScalingControl
+from prism_api.service import PrismServiceSpec
+from prism_api.service_status import Decision
 from prism_operator import metrics
 from prism_operator.control import guard
 from prism_operator.control.certificates import Certificates, NotOurs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from prism_api.service import Decision
+from prism_api.service_status import Decision
 from prism_operator import metrics
 from prism_operator.control.events import Events, Regarding
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from prism_api.control import Directive, Report
 from prism_api.model import PrismModelSpec
-from prism_api.service import Decision, PrismServiceSpec
+from prism_api.service import PrismServiceSpec
+from prism_api.service_status import Decision
 from prism_operator.control.channel import Answer, Failure, Outcome, Peer, Refused
 from prism_operator.control.counters import Baseline, CountersWentBack, baseline_of, differences
 from prism_operator.control.informer import DeploymentRecord, PodRecord

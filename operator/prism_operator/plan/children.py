@@ -11,7 +11,8 @@ import json
 
 from prism_api import API_VERSION
 from prism_api.model import PrismModelSpec
-from prism_api.service import PrismServiceSpec, Switch
+from prism_api.scaling import Switch
+from prism_api.service import PrismServiceSpec
 from prism_operator.plan import pod_template
 from prism_operator.plan.pod_template import SERVICE_LABEL, SERVING_LABEL, ChildSettings, Object, control_secret_name
 

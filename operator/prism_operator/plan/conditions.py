@@ -11,7 +11,7 @@ from typing import Literal
 
 from prism_api import FULL
 from prism_api.model import PrismModelSpec
-from prism_api.service import ScalingControl
+from prism_api.scaling import ScalingControl
 from prism_operator.plan import demand
 from prism_operator.plan.types import (
     BudgetPlan,

@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from prism_api.profile import Profile
-from prism_api.service import BudgetControl, ForecastMethod, Reserve
+from prism_api.scaling import ForecastMethod, Reserve
+from prism_api.service import BudgetControl
 from prism_operator.plan import calibration, capacity, demand, forecast, surprise
 from prism_operator.plan.capacity import ClassLoad
 from prism_operator.plan.forecast import ForecastState, Method

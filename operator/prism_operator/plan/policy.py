@@ -4,15 +4,8 @@ from prism_api import FULL
 from prism_api.effective import effective
 from prism_api.model import PrismModelSpec
 from prism_api.points import Ladder
-from prism_api.service import (
-    BudgetControl,
-    Mode,
-    Overload,
-    PrismServiceSpec,
-    ScalingControl,
-    ServiceClass,
-    Switch,
-)
+from prism_api.scaling import ScalingControl, Switch
+from prism_api.service import BudgetControl, Mode, Overload, PrismServiceSpec, ServiceClass
 from prism_operator.plan import schedule
 from prism_operator.plan.types import ClassPolicy, LoopSettings, ServicePolicy, Unusable
 

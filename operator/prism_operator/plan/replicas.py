@@ -20,7 +20,7 @@ woken or a schedule asks for it.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from prism_api.service import ScalingControl
+from prism_api.scaling import ScalingControl
 from prism_operator.plan import demand, need, recommendation, rehearsal, schedule
 from prism_operator.plan.limits import Limits, limits
 from prism_operator.plan.need import Ask

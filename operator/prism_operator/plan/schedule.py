@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, tzinfo
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from prism_api.service import Schedule
+from prism_api.scaling import Schedule
 from prism_operator.plan.types import ServicePolicy
 
 DAY_S = 86_400

@@ -12,7 +12,7 @@ from typing import Any
 from prism_api.conditions import Condition
 from prism_api.control import Directive
 from prism_api.model import PrismModelSpec, PrismModelStatus
-from prism_api.service import (
+from prism_api.service_status import (
     BudgetStatus,
     ClassStatus,
     CostStatus,

@@ -13,7 +13,8 @@ from prism_api.control import Admission, Fence, Load
 from prism_api.effective import EffectiveSettings
 from prism_api.points import Ladder
 from prism_api.profile import Profile
-from prism_api.service import Brownout, BudgetControl, OnCap, ScalingControl, Schedule
+from prism_api.scaling import ScalingControl, Schedule
+from prism_api.service import Brownout, BudgetControl, OnCap
 from prism_operator.plan.forecast import ForecastState
 from prism_operator.plan.loop_settings import LoopSettings
 from prism_operator.plan.reasons import Reason, Status

@@ -9,7 +9,8 @@ import yaml
 from prism_api import API_VERSION, from_manifest
 from prism_api.model import ImageSource, PrismModelSpec, Source
 from prism_api.points import Ladder
-from prism_api.service import PrismServiceSpec, ScalingControl
+from prism_api.scaling import ScalingControl
+from prism_api.service import PrismServiceSpec
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 USE_CASES = sorted(path for path in (EXAMPLES / "services").iterdir() if path.is_dir())

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from prism_api.control import ServiceReference
-from prism_api.service import Decision, PrismServiceStatus
+from prism_api.service_status import Decision, PrismServiceStatus
 from prism_operator.plan import budget, demand, directive
 from prism_operator.plan.conditions import TYPES
 from prism_operator.plan.status import Inputs, render, render_model_status

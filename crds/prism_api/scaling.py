@@ -1,0 +1,158 @@
+"""Block `scaling` of a PrismService: who owns the replica count, its bounds, and how a count is chosen inside them."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from prism_api.base import Document, Headroom, Name, block, named_list, rules
+
+
+class Switch(StrEnum):
+    ENABLED = "Enabled"
+    DISABLED = "Disabled"
+
+
+class ScalingControl(StrEnum):
+    MANAGED = "Managed"
+    EXTERNAL = "External"
+    FIXED = "Fixed"
+
+
+class Stabilization(Document):
+    stabilization_window_seconds: Annotated[int, Field(ge=0, le=3600)] | None = Field(
+        None, description="Recommendations of this window are combined; 30 up and 300 down if not set."
+    )
+
+
+class Behavior(Document):
+    """The shape of autoscaling/v2 behavior."""
+
+    scale_up: Stabilization = block(Stabilization, "Scaling up.")
+    scale_down: Stabilization = block(Stabilization, "Scaling down.")
+
+
+class Reserve(StrEnum):
+    MIXED = "Mixed"
+    QUALITY = "Quality"
+    REPLICAS = "Replicas"
+
+
+class ForecastMethod(StrEnum):
+    AUTO = "Auto"
+    OFF = "Off"
+    HOLT = "Holt"
+    HOLT_WINTERS = "HoltWinters"
+
+
+class Forecast(Document):
+    method: ForecastMethod = Field(
+        ForecastMethod.AUTO,
+        validate_default=True,
+        description="`Auto` takes what erred least of late: the rate now, a trend (`Holt`) or the hour of the day "
+        "(`HoltWinters`). `Off` plans for the rate now.",
+    )
+    horizon_seconds: Annotated[int, Field(ge=0, le=3600)] = Field(
+        0, description="How far ahead; 0 is the measured time until a new pod is ready."
+    )
+
+
+class Idle(Document):
+    scale_to_zero: Switch = Field(
+        Switch.DISABLED,
+        validate_default=True,
+        description="Remove the last replica of an idle service; needs minReplicas 0. The annotation "
+        "`moeprism.io/wake` (a new RFC 3339 time) or a schedule brings it back; requests do not.",
+    )
+    after_seconds: Annotated[int, Field(ge=60, le=86_400)] = Field(
+        900, description="How long without a request before a service is idle."
+    )
+
+
+ClockTime = Annotated[str, Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$", max_length=5)]
+Day = Annotated[Literal["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], Field(description="A day of the week.")]
+
+
+class Schedule(Document):
+    """Bounds of the replica count by time of day."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "self.start < self.end",
+                "start must be before end; write a span over midnight as two schedules",
+                ".start",
+            ),
+            (
+                "!has(self.minReplicas) || !has(self.maxReplicas) || self.minReplicas <= self.maxReplicas",
+                "minReplicas must be less than or equal to maxReplicas; raise maxReplicas or lower minReplicas",
+                ".minReplicas",
+            ),
+        )
+    )
+    name: Name = Field(description="Name of the schedule.")
+    time_zone: Annotated[str, Field(min_length=1, max_length=64)] = Field(
+        "UTC", description="Time zone of `start` and `end`, as in the IANA database: `Europe/Berlin`."
+    )
+    days: Annotated[list[Day], Field(max_length=7)] = Field(
+        default_factory=list, description="Days on which it applies; every day if empty."
+    )
+    start: ClockTime = Field(description="First minute, HH:MM. Replicas are ordered so early that they are ready.")
+    end: ClockTime = Field(description="First minute after it, HH:MM; at most `23:59`.")
+    min_replicas: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        None, description="Takes the place of scaling.minReplicas."
+    )
+    max_replicas: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="Takes the place of scaling.maxReplicas."
+    )
+
+
+class Scaling(Document):
+    """The slow knob: who owns the replica count, and its bounds."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.maxReplicas) || self.minReplicas <= self.maxReplicas",
+                "minReplicas must be less than or equal to maxReplicas; raise maxReplicas or lower minReplicas",
+                ".minReplicas",
+            ),
+            (
+                "self.idle.scaleToZero == 'Enabled' || self.minReplicas > 0",
+                "minReplicas must be greater than 0 unless idle.scaleToZero is 'Enabled'",
+                ".minReplicas",
+            ),
+        )
+    )
+    control: ScalingControl = Field(
+        ScalingControl.MANAGED,
+        validate_default=True,
+        description="`Managed`: the operator decides. `External`: HPA, KEDA or a user through /scale. "
+        "`Fixed`: as written.",
+    )
+    min_replicas: Annotated[int, Field(ge=0, le=1000)] = Field(
+        1, description="Lower bound of replicas; 0 needs idle.scaleToZero, and even then a busy service keeps one."
+    )
+    max_replicas: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="Upper bound of replicas; required when Managed."
+    )
+    max_step: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="Most replicas that one decision adds or removes; 4 if not set."
+    )
+    headroom: Headroom | None = Field(
+        None,
+        description="Share of capacity kept above the planned demand, a decimal up to 2. If not set, it is learned: "
+        "`0.10`, or as much as the load lately exceeded what was expected of it before new replicas could be ready.",
+    )
+    reserve: Reserve = Field(
+        Reserve.MIXED,
+        validate_default=True,
+        description="In what coin `headroom` is held: `Replicas` as idle pods, `Quality` as room that the budget can "
+        "make, `Mixed` half and half.",
+    )
+    forecast: Forecast = block(Forecast, "Planning for the load at the time when new replicas are ready.")
+    behavior: Behavior = block(Behavior, "Stabilization windows.")
+    idle: Idle = block(Idle, "Scale to zero.")
+    schedules: list[Schedule] = named_list(
+        "Bounds by time of day; of several that apply the first one counts.", default_factory=list, max_length=16
+    )
