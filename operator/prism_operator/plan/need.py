@@ -176,7 +176,7 @@ def _forecast(state: ForecastState | None, policy: ServicePolicy, ready_s: float
 
 def _from_profile(observation: Observation, state: DemandState, policy: ServicePolicy, loads: _Loads) -> Ask | None:
     if not loads.mean:
-        return Ask(flat(0), Reason.DEMAND, "no load in fresh reports", inputs={"offered_per_s": 0.0})
+        return Ask(flat(0, 0), Reason.DEMAND, "no load in fresh reports", inputs={"offered_per_s": 0.0})
     if observation.profile is None:
         return None
     profile = capacity.scaled(observation.profile, state.cost_factor)
@@ -224,7 +224,7 @@ def _from_profile(observation: Observation, state: DemandState, policy: ServiceP
         "headroom": headroom,
     }
     return Ask(
-        asked=asked if steered else asked.by_itself(),
+        asked=asked if steered else flat(asked.up, asked.down),
         reason=Reason.DEMAND,
         message=text,
         held=whole(now) <= len(observation.ready),
@@ -293,4 +293,4 @@ def _from_saturation(observation: Observation, state: DemandState, policy: Servi
         asked = provisioned
     text = f"no profile; saturation {worst:.2f} against a target of {target:.2f} on {ready} of {provisioned} replicas"
     inputs = {"saturation": worst, "ready": float(ready), "provisioned": float(provisioned)}
-    return Ask(flat(asked), Reason.NO_PROFILE, text, inputs=inputs)
+    return Ask(flat(asked, asked), Reason.NO_PROFILE, text, inputs=inputs)

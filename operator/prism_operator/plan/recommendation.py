@@ -49,10 +49,6 @@ class Asked:
         """There was no load."""
         return self.up == 0
 
-    def by_itself(self) -> "Asked":
-        """The same need where no budget carries what does not last."""
-        return Asked(self.up, self.up, least=self.down)
-
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
@@ -62,9 +58,9 @@ class Recommendation:
     asked: Asked
 
 
-def flat(replicas: int) -> Asked:
-    """A need without parts: all of it at once, and kept throughout the window."""
-    return Asked(replicas, replicas, least=replicas)
+def flat(up: int, down: int) -> Asked:
+    """A need of which no mean is taken: all of it counts at once, and is kept throughout the window."""
+    return Asked(up, up, least=down)
 
 
 def lasting(history: Sequence[Recommendation]) -> int:

@@ -221,7 +221,7 @@ def test_restart_keeps_the_point_that_pods_hold(point: str, pods: int, now_s: fl
 
 needs = st.floats(0, 50, allow_subnormal=False)
 asks = st.one_of(
-    st.builds(flat, st.integers(0, 50)),
+    st.builds(flat, st.integers(0, 50), st.integers(0, 50)),
     st.builds(
         lambda need, burst, least: Asked(
             up=max(whole(need), whole(burst), least),

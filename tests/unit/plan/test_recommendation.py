@@ -30,21 +30,21 @@ def test_bursts_are_kept_for_on_average_too() -> None:
 
 
 def test_window_with_a_pause_in_it_keeps_its_largest_need() -> None:
-    assert kept(_history(_needs(3.9), flat(0), flat(0), _needs(0.5))) == 5
+    assert kept(_history(_needs(3.9), flat(0, 0), flat(0, 0), _needs(0.5))) == 5
 
 
 def test_pause_that_fills_the_window_keeps_nothing() -> None:
-    assert kept(_history(flat(0), flat(0))) == 0
+    assert kept(_history(flat(0, 0), flat(0, 0))) == 0
 
 
 def test_least_of_any_tick_is_kept() -> None:
-    assert kept(_history(_needs(1.0), flat(3), _needs(1.0))) == 3
+    assert kept(_history(_needs(1.0), flat(3, 3), _needs(1.0))) == 3
 
 
 def test_needs_where_no_budget_carries_noise_count_one_by_one() -> None:
-    alone = Asked(up=4, at_once=3, nominal=3.1, kept=4.2, burst=1.0).by_itself()
+    alone = flat(4, 5)
     assert (alone.up, alone.at_once, alone.down) == (4, 4, 5)
-    assert kept(_history(alone, flat(1))) == 5
+    assert kept(_history(alone, flat(1, 1))) == 5
 
 
 @pytest.mark.parametrize(("need", "pods"), [(0.0, 0), (2.0, 2), (2.0 + 1e-12, 2), (2.01, 3), (math.inf, 1_000_000)])

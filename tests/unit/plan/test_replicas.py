@@ -58,11 +58,11 @@ def test_demand_that_fits_changes_nothing_and_says_why_not_fewer() -> None:
 
 
 def test_ask_that_the_floors_hold_must_last_through_the_up_window() -> None:
-    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(1)),))
+    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(1, 1)),))
     floors_hold = 6
     plan, _ = _decide(floors_hold, state=state)
     assert (plan.status, plan.reason, plan.replicas) == (Status.HOLD, Reason.STABILIZING, 1)
-    lasting = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(2)),))
+    lasting = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(2, 2)),))
     assert _decide(floors_hold, state=lasting)[0].replicas == 2
 
 
@@ -86,13 +86,13 @@ def test_much_larger_ask_waits_for_the_up_window_alone() -> None:
 
 
 def test_ask_that_not_even_the_floors_hold_waits_for_nothing() -> None:
-    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(1)),))
+    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(1, 1)),))
     floors_do_not_hold = 10
     assert _decide(floors_do_not_hold, state=state)[0].replicas == 2
 
 
 def test_ask_waits_for_nothing_where_the_budget_may_not_be_moved_and_the_load_does_not_fit() -> None:
-    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(1)),))
+    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(1, 1)),))
     knob_off = service_policy(budget={"control": "Off"})
     assert _decide(6, state=state, policy=knob_off)[0].replicas == 2
 
@@ -142,7 +142,7 @@ def test_higher_ask_adds_the_difference_while_pods_start() -> None:
 
 def test_what_the_up_window_cut_off_is_added_while_pods_start() -> None:
     policy = service_policy(scaling={"minReplicas": 1, "maxReplicas": 9})
-    begun = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(3)),))
+    begun = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 10, flat(3, 3)),))
     plan, state = _decide(17, 2, policy, begun)
     asked = state.recommendations[-1].asked.up
     assert plan.replicas == 3 < asked, "asked for throughout the up window are three"
@@ -178,7 +178,7 @@ def test_scale_down_takes_one_pod_and_then_waits() -> None:
 
 
 def test_peak_of_the_down_window_holds_replicas() -> None:
-    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 200, flat(2)),))
+    state = replace(FULL_HISTORY, recommendations=(Recommendation(NOW_S - 200, flat(2, 2)),))
     plan, _ = _decide(1, pods=2, state=state)
     assert (plan.reason, plan.replicas) == (Reason.STABILIZING, 2)
     assert "down window" in plan.message
