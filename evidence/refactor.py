@@ -34,7 +34,7 @@ from evidence.refactor_drift import ROTATIONS, DriftFigures
 from evidence.refactor_fits import LADDER, PAPER_SUB_EXPERTS, Fits, candidates_of, costs, perplexity, run_of, small_moe
 from evidence.refactor_smollm2 import SmolLM2Figures
 from prism_runtime.refactor.paper import Schedule
-from prism_runtime.refactor.points import PointCount, count_points, kl_at
+from prism_runtime.refactor.points import Candidates, PointCount, count_points, kl_at
 
 OUT = Path(__file__).with_name("refactor.json")
 COMMAND = "python -m evidence.refactor"
@@ -154,15 +154,16 @@ def _over_paper(models: Models) -> Values:
 
 def _points_prism(models: Models) -> Values:
     small = models.small
-    candidates = candidates_of(small.prism(0, FINE, LADDER), [permille / 1000 for permille in LADDER])
-    return [_stable(count_points(candidates, small.domains, small.runs(SEEDS, FINE)))]
+    return [_stable(count_points(_candidates(small), small.domains, small.runs(SEEDS, FINE)))]
 
 
 def _rises(models: Models) -> Values:
     """Of seed 0's candidates on the evaluation text, before any fit makes them monotone."""
-    small = models.small
-    candidates = candidates_of(small.prism(0, FINE, LADDER), [permille / 1000 for permille in LADDER])
-    return [float(count_points(candidates, small.domains).rises)]
+    return [float(count_points(_candidates(models.small), models.small.domains).rises)]
+
+
+def _candidates(small: Fits) -> Candidates:
+    return candidates_of(small.prism(SEEDS[0], FINE, LADDER), [permille / 1000 for permille in LADDER])
 
 
 def _points_top_k(models: Models) -> Values:

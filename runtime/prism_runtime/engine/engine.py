@@ -278,7 +278,7 @@ class Engine:
                 torch.cat([part.logits for part in whole]) if whole else NO_LOGITS,
                 [failure for part in parts for failure in part.failed],
             )
-        # A sum is finite only if all of its terms are, and is taken in a third of the time that looking at each takes.
+        # A sum is finite only if all of its terms are: one pass instead of several while nothing is wrong.
         if bool(logits.sum(-1).isfinite().all()):
             return _Ran(pieces, logits)
         finite = logits.isfinite().all(-1)

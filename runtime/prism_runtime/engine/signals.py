@@ -11,8 +11,8 @@ from prism_runtime.engine.governor import ClassSignals
 from prism_runtime.engine.types import Event, Finished, Request, Token
 
 TPOT_SMOOTHING = 0.05
-"""Weight of the newest step in the moving average. What is promised is a mean over a request's tokens, so one step that
-reads a long prompt says little: with 0.3 each of them lowered a pod's budget, for the ten seconds of its dwell.
+"""Weight of the newest step in the moving average, which remembers some twenty. A mean over a request's tokens is what is
+promised, so one step that reads a long prompt says little.
 """
 
 

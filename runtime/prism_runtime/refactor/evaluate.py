@@ -190,7 +190,7 @@ class Watching:
 
 class _Sums:
     """Of one subject on so many sequences of one length. Their memory is taken at once: small pieces, kept one by one
-    among the large ones that every forward frees, held a hundred times their size.
+    among the large ones that every forward frees, keep the allocator from giving those back.
     """
 
     def __init__(self, subject: Subject, watching: Watching | None, sequences: int, length: int) -> None:
