@@ -1,8 +1,8 @@
 """Every policy by name, set up for one service on one workload: what is tuned, and from what, is decided here.
 
 Nothing is tuned on the run itself: targets of the baselines follow from the profile's capacity at `full` and the
-workload's mean lengths, as a careful user would set them; all else is the default of the source. docs/simulator.md tells
-what Prism's own defaults were chosen on.
+workload's mean lengths, as a careful user would set them; all else is the default of the source. What Prism's defaults
+were chosen on is told in docs/simulator.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence

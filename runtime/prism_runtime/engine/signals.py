@@ -11,7 +11,7 @@ from prism_runtime.engine.governor import ClassSignals
 from prism_runtime.engine.types import Event, Finished, Request, Token
 
 TPOT_SMOOTHING = 0.05
-"""Weight of the newest step in the moving average, which remembers some twenty. A mean over a request's tokens is what is
+"""Weight of the newest step in the moving average, which remembers some twenty. A mean over a request's tokens is
 promised, so one step that reads a long prompt says little.
 """
 
