@@ -14,6 +14,7 @@ from prism_runtime.engine.attention_hook import bind_cache
 from prism_runtime.engine.blocks import blocks_for
 from prism_runtime.engine.cache import CacheRows, PagedCache
 from prism_runtime.engine.experts_hook import UnsupportedModel, bind_gates, bind_plan, experts_modules, pack
+from prism_runtime.engine.linear_hook import pack_linears
 from prism_runtime.kernels.contract import GatedLayer, kernel_of_device
 from prism_runtime.kernels.plan import PADDING, PlanTables, PlanTensor
 
@@ -70,6 +71,7 @@ class ElasticModel:
             raise ValueError(f"the plan has tables for {tables.count.shape[1]} MoE layers, the model has {layers}")
         if tables.gated:
             bind_gates(model, gates)
+        pack_linears(model)
         self.model = model.eval()
         self._classes = classes
         self.plan = PlanTensor(tables, classes + len(tables.mode), model.device)
