@@ -1,5 +1,6 @@
 """The model in examples/model is what its card says: reversible, disjoint texts, quality that falls with the budget."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def test_calibration_and_evaluation_texts_share_no_passage() -> None:
     assert not [passage[:60] for passage in evaluation if passage in calibration]
 
 
+def test_the_data_card_repeats_the_manifest(artifact: Artifact) -> None:
+    card = (MODEL / "README.md").read_text()
+    for point in artifact.manifest.operating_points:
+        quality = f"{point.relative_quality} | {point.relative_quality_low}"
+        assert re.search(rf"^\| `{point.name}` \|.*\| {re.escape(quality)} \|", card, re.MULTILINE), point.name
+
+
 def test_quality_of_the_points_falls_with_the_budget_on_held_out_text(artifact: Artifact) -> None:
     model, tokenizer = load_pretrained(artifact.directory)
     length, names = artifact.manifest.calibration.sequence_length, artifact.manifest.ladder.names
@@ -59,7 +67,7 @@ def test_quality_of_the_points_falls_with_the_budget_on_held_out_text(artifact: 
     quality = dict(
         zip(
             names,
-            evaluate_points(PackedModel(model, artifact.tables()), text, points, points[-1]).values(),
+            evaluate_points(PackedModel(model, artifact.tables(), artifact.gates()), text, points, points[-1]).values(),
             strict=True,
         )
     )
@@ -69,4 +77,4 @@ def test_quality_of_the_points_falls_with_the_budget_on_held_out_text(artifact: 
     for point in artifact.manifest.operating_points:
         assert point.kl is not None
         assert quality[point.name].kl.mean == pytest.approx(point.kl.mean, rel=0.3)
-        assert quality[point.name].realised_permille == point.budget_permille
+        assert quality[point.name].realised_permille == pytest.approx(point.budget_permille, rel=0.05)

@@ -27,7 +27,7 @@ START_S = 100.0
 TTFT_MS, TPOT_MS = 3000, 100
 PROFILE = "h100x2-qwen3-32b"
 PUBLISHED_ATTAINMENT, PUBLISHED_REPLICAS = 0.958, 5.93
-QUALITY = {500: "0.9553", 625: "0.9769", 750: "0.9885", 875: "0.9958", 1000: "1"}
+QUALITY = {500: "0.9934", 625: "0.9975", 750: "0.9991", 875: "0.9997", 1000: "1"}
 """Lower bounds of relative quality by budget as measured on the embedded model (examples/prismmodel.yaml)."""
 
 
@@ -80,7 +80,7 @@ def model() -> PrismModelSpec:
         {
             "name": name_of(budget),
             "budgetPermille": budget,
-            "policy": "rank",
+            "policy": "threshold",
             "relativeQuality": quality,
             "relativeQualityLow": quality,
         }
