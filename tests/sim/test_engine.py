@@ -5,8 +5,10 @@ import random
 import pytest
 
 from prism_api.profile import PointProfile, Profile
-from prism_operator.simulate.engine import EngineModel, SimPod
+from prism_operator.simulate.engine import SimPod
+from prism_operator.simulate.engine_model import EngineModel
 from prism_operator.simulate.fleet import Fleet
+from prism_operator.simulate.order import FAIR, Promise
 from prism_operator.simulate.workload import SimRequest, poisson
 from prism_operator.simulate.world import World
 from tests.unit.plan.factories import profile, service_policy
@@ -32,8 +34,8 @@ def cost_profile(
     )
 
 
-def pod(costs: Profile) -> SimPod:
-    model = EngineModel.of(costs, ["default"], QUALITY)
+def pod(costs: Profile, promises: dict[str, Promise] | None = None) -> SimPod:
+    model = EngineModel.of(costs, ["default"], QUALITY, promises=promises)
     return SimPod("pod-0", 0, 0.0, 0.0, model, {"default": "full"}, random.Random(0))
 
 
@@ -99,6 +101,37 @@ def test_a_new_point_holds_from_the_next_step_on() -> None:
     assert only.done_s == pytest.approx(0.050 + 6 * 0.005)
     assert only.quality == pytest.approx(5 * 1.0 + 6 * 0.9)
     assert one.counters["default"].tokens_by_point == {"full": 5, "b500": 6}
+
+
+def test_by_deadline_who_is_late_already_makes_way_for_who_can_be_in_time() -> None:
+    """A step of 1 s for every prompt, promised within 3 s: by arrival all but the first few would be late."""
+    costs = cost_profile(prefill_token_ms=10, prefill_tokens_per_step=100)
+
+    def met(promises: dict[str, Promise] | None) -> list[bool]:
+        one = pod(costs, promises)
+        requests = [request(100, 1, at_s=i / 1.5) for i in range(4 * FAIR)]
+        for each in requests:
+            while one.wake_s is not None and one.wake_s <= each.arrived_s:
+                one.advance(one.wake_s)
+            one.submit(each, each.arrived_s)
+        drain(one)
+        return [each.ttft_s <= 3 for each in requests]
+
+    in_order, by_deadline = met(None), met({"default": Promise(0, 3.0)})
+    assert in_order == sorted(in_order, reverse=True)
+    assert sum(by_deadline) > 1.5 * sum(in_order)
+    assert sum(by_deadline[-FAIR:]) > FAIR / 2
+
+
+def test_by_deadline_a_late_request_is_not_forgotten() -> None:
+    one = pod(cost_profile(prefill_token_ms=10, prefill_tokens_per_step=100), {"default": Promise(0, 1.5)})
+    one.submit(request(100, 1), 0.0)
+    late = request(100, 1, at_s=0.0)
+    one.submit(late, 0.0)
+    for i in range(1, 3 * FAIR):
+        one.submit(request(100, 1, at_s=float(i)), float(i))
+        one.advance(float(i))
+    assert late.done_s is not None
 
 
 def test_prompts_wait_for_room_in_the_kv_cache() -> None:

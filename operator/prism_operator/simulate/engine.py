@@ -1,9 +1,9 @@
 """One simulated pod: continuous batching with chunked prefill at the step times of a profile.
 
 A step decodes one token of every running sequence and prefills waiting prompts up to the chunk; a prompt's last chunk
-gives its first token. Prompts are admitted in order while sequences and KV tokens last; when running sequences outgrow
-the KV cache the youngest is preempted and computed again later, as vLLM does. A new operating point holds from the next
-step on.
+gives its first token. Prompts are admitted in order while sequences and KV tokens last: in that of arrival, or of
+deadlines where the model has promises. When running sequences outgrow the KV cache the youngest is preempted and
+computed again later, as vLLM does. A new operating point holds from the next step on.
 
 Steps without prefill differ only by the growth of the context, so a whole run of them is one event: its length is the
 sum of an arithmetic series. A run is cut short at the end of the current step when a prompt can join or the point
@@ -17,64 +17,15 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from prism_api.control import Fence
-from prism_api.profile import Profile
+from prism_operator.simulate import order
 from prism_operator.simulate.counters import Counters
+from prism_operator.simulate.engine_model import EngineModel, PointCost
 from prism_operator.simulate.governor import PodGovernor
 from prism_operator.simulate.workload import SimRequest
-
-
-@dataclass(frozen=True, slots=True)
-class PointCost:
-    """One operating point in seconds, and its relative quality."""
-
-    name: str
-    base_s: float
-    sequence_s: float
-    token_s: float
-    """Per token of context."""
-    prefill_s: float
-    prefill_token_s: float
-    quality: float
-
-
-@dataclass(frozen=True, slots=True)
-class EngineModel:
-    """What all pods of a pool share."""
-
-    classes: tuple[str, ...]
-    points: Mapping[str, PointCost]
-    max_sequences: int
-    kv_tokens: int
-    chunk: int
-    noise: float = 0.0
-    """Standard deviation of the logarithm of a step's duration."""
-
-    @classmethod
-    def of(
-        cls, profile: Profile, classes: Sequence[str], quality: Mapping[str, float], noise: float = 0.0
-    ) -> "EngineModel":
-        """From a profile and the relative quality of each of its points."""
-        points = {
-            name: PointCost(
-                name=name,
-                base_s=point.step_base_nanoseconds * 1e-9,
-                sequence_s=point.step_per_sequence_nanoseconds * 1e-9,
-                token_s=point.step_per_kilotoken_nanoseconds * 1e-12,
-                prefill_s=point.prefill_base_nanoseconds * 1e-9,
-                prefill_token_s=point.prefill_per_token_nanoseconds * 1e-9,
-                quality=quality[name],
-            )
-            for name, point in profile.points.items()
-            if name in quality
-        }
-        return cls(
-            tuple(classes), points, profile.max_sequences, profile.kv_tokens, profile.prefill_tokens_per_step, noise
-        )
-
 
 _NO_FLOORS: Mapping[str, str] = {}
 
@@ -162,6 +113,8 @@ class SimPod:
     _context: dict[str, int] = field(default_factory=dict)
     _quality: dict[str, float] = field(default_factory=dict)
     """Sum of relative quality over all steps so far, by class."""
+    _starts: int = 0
+    """Requests that began their prefill."""
     _partial: int = 0
     """KV tokens of the prompt in the middle of its prefill."""
     _run: _Run | None = None
@@ -307,7 +260,7 @@ class SimPod:
         governed_s = self._govern(now_s)
         if self.points is not self._ordered:
             self._take_points()
-        prefill, kv_left = self._prefill()
+        prefill, kv_left = self._prefill(now_s)
         if not prefill and not self._ends:
             self._run = None
             return
@@ -337,16 +290,18 @@ class SimPod:
             factor *= math.exp(self.noise.gauss(-deviation * deviation / 2, deviation))
         self._run = _Run(now_s, steps, (base + variable) * factor, growth * factor, prefill)
 
-    def _prefill(self) -> tuple[list[tuple[SimRequest, int]], int]:
+    def _prefill(self, now_s: float) -> tuple[list[tuple[SimRequest, int]], int]:
         """Chunks of waiting prompts for the next step, and the KV tokens left after it; preempts if none are."""
         chunks: list[tuple[SimRequest, int]] = []
         left = self.model.chunk
         joining = 0
         while left and self.waiting and len(self._ends) + joining < self.model.max_sequences:
+            self._bring_forward(now_s)
             request = self.waiting[0]
             if not self._can_admit_after(request, joining):
                 break
             whole = request.prompt_tokens + request.produced
+            self._starts += request.prefilled == 0
             taken = min(left, whole - request.prefilled)
             request.prefilled += taken
             self._partial += taken
@@ -361,6 +316,21 @@ class SimPod:
             self._preempt()
             kv_left = self.model.kv_tokens - self.kv_used
         return chunks, kv_left
+
+    def _bring_forward(self, now_s: float) -> None:
+        """Put at the head of the queue who starts next, unless the head's prompt is read in part already."""
+        promises, waiting = self.model.promises, self.waiting
+        if promises is None or waiting[0].prefilled:
+            return
+        place = order.by_deadline(waiting, promises, self._alone_s, self._starts, now_s)
+        request = waiting[place]
+        del waiting[place]
+        waiting.appendleft(request)
+
+    def _alone_s(self, request: SimRequest) -> float:
+        """How long its prompt takes by itself."""
+        cost = self._costs[request.service_class]
+        return cost.base_s + cost.prefill_s + cost.prefill_token_s * request.prompt_tokens
 
     def _can_admit_after(self, request: SimRequest, joining: int) -> bool:
         if request.prefilled:

@@ -17,8 +17,10 @@ from prism_api.profile import Profile
 from prism_operator.plan.types import Observation, PodView, ServicePolicy
 from prism_operator.simulate.control import Controller, Orders, PodSignals, Prism, Signals, Tick
 from prism_operator.simulate.counters import Counters, total
-from prism_operator.simulate.engine import EngineModel, SimPod
+from prism_operator.simulate.engine import SimPod
+from prism_operator.simulate.engine_model import EngineModel
 from prism_operator.simulate.governor import PodGovernor
+from prism_operator.simulate.order import Promise
 from prism_operator.simulate.workload import SimRequest
 from prism_operator.simulate.world import StartTime, World
 
@@ -79,7 +81,9 @@ class Fleet:
         self._counted_s = 0.0
         names = [one.name for one in policy.classes]
         quality = {point.name: float(point.relative_quality) for point in policy.ladder.points}
-        self._model = EngineModel.of(profile, names, quality, self.world.step_noise)
+        promises = {one.name: Promise(one.priority, one.ttft_s or math.inf) for one in policy.classes}
+        by_deadline = promises if self.world.by_deadline else None
+        self._model = EngineModel.of(profile, names, quality, self.world.step_noise, by_deadline)
         self._objectives = {one.name: (one.ttft_s or math.inf, one.tpot_s or math.inf) for one in policy.classes}
         self._gateway = {name: Counters() for name in names}
         """Requests that no pod counted, because none was ready."""

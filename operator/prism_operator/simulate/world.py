@@ -21,6 +21,7 @@ class World:
     slow_pods         chance that a pod is on a bad node, where every step takes `slow_factor` times as long
     drain_s           how long a pod that is told to stop may finish its requests
     random_routing    each request goes to a ready pod by chance, as kube-proxy has it, and not to the least busy one
+    by_deadline       pods start waiting requests as this project's runtime does, and not in order of arrival
     governors         pods move by themselves inside the envelope of a policy that gives one
     """
 
@@ -35,6 +36,7 @@ class World:
     slow_factor: float = 1.5
     drain_s: float = 600.0
     random_routing: bool = False
+    by_deadline: bool = False
     governors: bool = False
 
     def stream(self, name: str) -> random.Random:

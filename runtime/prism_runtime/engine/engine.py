@@ -127,6 +127,8 @@ class Engine:
         self._cancelled: dict[str, None] = {}
         self._in_flight: set[str] = set()
         self._pending_plan: Plan | None = None
+        self._begun: list[Slice] = []
+        """Got their first token in the last step, which ends, its pace included, when the next one begins."""
 
     @classmethod
     def from_artifact(
@@ -223,7 +225,10 @@ class Engine:
         raises ends as FAILED; the others go on.
         """
         events: list[Event] = self._take_arrivals()
-        decode, prefill = self.scheduler.schedule(self.plan.class_point, self._clock())
+        now_s = self._clock()
+        while self._begun:
+            self._begun.pop().sequence.first_token_s = now_s
+        decode, prefill = self.scheduler.schedule(self.plan.class_point, now_s)
         context = sum(piece.sequence.cached for piece in decode)
         ran = [self._run(decode), self._run(prefill)]
         self._hold_budgets()
@@ -319,8 +324,8 @@ class Engine:
         for row, (piece, sequence, token) in enumerate(zip(pieces, sequences, tokens, strict=True)):
             request, sampling = sequence.request, sequence.request.sampling
             sequence.tokens.append(token)
-            if sequence.first_token_s is None:
-                sequence.first_token_s = self._clock()
+            if sequence.generated == 1:
+                self._begun.append(piece)
             top = sampling.top_logprobs
             likely = None if top is None else log_probabilities(logits[row], token, top)
             yield Token(request.request_id, token, self.plan.version, piece.point, likely)
