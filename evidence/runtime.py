@@ -125,6 +125,11 @@ def _half_over_full(kernel: str, runs: Runs) -> Values:
     return [max(times[f"{kernel}.half"] / times[f"{kernel}.full"] for times in each.values()) for each in runs.layer]
 
 
+def _threshold_over_full(tokens: int, runs: Runs) -> Values:
+    _needs_compiler("cpp")
+    return [each[tokens]["cpp.threshold"] / each[tokens]["cpp.full"] for each in runs.layer]
+
+
 def _over_transformers(runs: Runs) -> Values:
     _needs_compiler("cpp")
     return [min(times["transformers"] / times["cpp.full"] for times in each.values()) for each in runs.layer]
@@ -171,6 +176,10 @@ def _goodput_over(policy: str, runs: Runs) -> Values:
 COLLECTORS = {
     "layer.half_over_full.cpp": _figure("ratio", partial(_half_over_full, "cpp")),
     "layer.half_over_full.torch": _figure("ratio", partial(_half_over_full, "torch")),
+    **{
+        f"layer.threshold_over_full.t{tokens}": _figure("ratio", partial(_threshold_over_full, tokens))
+        for tokens in bench.TOKENS
+    },
     "layer.speedup_over_transformers.cpp": _figure("ratio", _over_transformers),
     **{f"layer.two_threads.t{tokens}": _figure("ratio", partial(_two_threads, tokens)) for tokens in bench.TOKENS},
     **{

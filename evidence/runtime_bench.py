@@ -29,9 +29,10 @@ from prism_runtime.engine.engine import Engine
 from prism_runtime.engine.experts_hook import experts_modules, pack_weights
 from prism_runtime.engine.model import load_pretrained
 from prism_runtime.engine.types import Plan, Request, Sampling
-from prism_runtime.kernels import cpu_moe, reference
-from prism_runtime.kernels.contract import SubExpertKernel
-from prism_runtime.kernels.plan import PlanTables, PlanTensor
+from prism_runtime.kernels import cpu_moe, gating, reference
+from prism_runtime.kernels.contract import CompensationWeights, GatedLayer, GateWeights, SubExpertKernel
+from prism_runtime.kernels.plan import THRESHOLD, PlanTables, PlanTensor
+from prism_runtime.refactor.gates import CERTAIN
 from tests.runtime.models import COUNTS, SUB_EXPERTS, tiny_manifest
 
 Times = dict[str, float]
@@ -40,7 +41,9 @@ Times = dict[str, float]
 TOKENS = (1, 8, 32)
 BATCHES = (8, 32)
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
-HALF, FULL = COUNTS.index(SUB_EXPERTS // 2), len(COUNTS) - 1
+HALF, FULL, THRESHOLD_POINT = COUNTS.index(SUB_EXPERTS // 2), len(COUNTS) - 1, len(COUNTS)
+RANK = 8
+"""Of the compensation that comes with a threshold: the recipe's default."""
 ARTIFACT = ROOT / "examples" / "model" / "artifact"
 
 
@@ -100,7 +103,10 @@ def interleaved(variants: Variants, repetitions: int, clock: Callable[[], float]
 
 
 class Layer:
-    """A bfloat16 layer of OLMoE's shape: transformers' own, and packed."""
+    """A bfloat16 layer of OLMoE's shape: transformers' own, and packed, with a random gate and compensation.
+
+    Their cost is that of fitted ones; rows share less of what they choose, so more weights are read.
+    """
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -108,14 +114,16 @@ class Layer:
         self.stock: nn.Module = experts_modules(model)[0][1]
         self.weights = pack_weights(self.stock, SUB_EXPERTS)
         self.config = model.config
+        self.gated = _random_gate(self.config)
+        self.tables = _with_threshold(self._threshold_of_half())
 
     @torch.inference_mode()
     def times(self, tokens: int, repetitions: int) -> Times:
-        """CPU seconds for so many tokens: `transformers`, and `cpp` and `torch` at `half` and `full`."""
+        """CPU seconds for so many tokens: `transformers`; `cpp` and `torch` at `half`, by `threshold` and at `full`."""
         draws = [self._draw(tokens) for _ in range(DRAWS[tokens])]
         variants: Variants = {"transformers": [partial(self.stock, *draw) for draw in draws]}
         for name, kernel in (("cpp", cpu_moe.sub_expert_moe), ("torch", reference.sub_expert_moe)):
-            for point, budget in ((HALF, "half"), (FULL, "full")):
+            for point, budget in ((HALF, "half"), (THRESHOLD_POINT, "threshold"), (FULL, "full")):
                 variants[f"{name}.{budget}"] = [self._run(kernel, point, *draw) for draw in draws]
         return interleaved(variants, repetitions)
 
@@ -141,10 +149,51 @@ class Layer:
     def _run(
         self, kernel: SubExpertKernel, point: int, hidden: Tensor, ids: Tensor, weights: Tensor
     ) -> Callable[[], object]:
-        plan = PlanTensor(PlanTables.uniform(COUNTS, 1, SUB_EXPERTS), classes=1)
+        plan = self._plan(self.tables, point, len(hidden))
+        gate = (self.gated, torch.ones(len(hidden))) if point == THRESHOLD_POINT else (None, None)
+        return lambda: kernel(hidden, ids, weights, 0, plan, self.weights, *gate)
+
+    @torch.inference_mode()
+    def _threshold_of_half(self) -> float:
+        """The logarithm of the threshold at which random rows cost half of full, gate and compensation counted."""
+        rows = self._draw(64)
+        low, high = -12.0, 4.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            plan = self._plan(_with_threshold(middle), THRESHOLD_POINT, len(rows[0]))
+            gating.choose_cells(*rows, torch.ones(len(rows[0])), 0, plan, self.weights, self.gated)
+            low, high = (middle, high) if plan.realised_budget > 0.5 else (low, middle)
+        return (low + high) / 2
+
+    @staticmethod
+    def _plan(tables: PlanTables, point: int, rows: int) -> PlanTensor:
+        plan = PlanTensor(tables, classes=1)
         plan.write([point])
-        plan.attach_rows([0] * len(hidden))
-        return lambda: kernel(hidden, ids, weights, 0, plan, self.weights)
+        plan.attach_rows([0] * rows)
+        return plan
+
+
+def _with_threshold(tau: float) -> PlanTables:
+    """Prefixes of `COUNTS`, then a threshold."""
+    none = torch.zeros(len(COUNTS) + 1, dtype=torch.int32)
+    mode, count = none.clone(), none.clone()
+    mode[-1], count[:-1] = THRESHOLD, torch.tensor(COUNTS)
+    flat = torch.ones(len(none), 1)
+    return PlanTables(mode, count[:, None, None], tau * flat, flat, none, SUB_EXPERTS)
+
+
+def _random_gate(config: Any) -> GatedLayer:
+    width, cells = config.hidden_size, (config.num_experts, SUB_EXPERTS)
+    gate = GateWeights(
+        weight=torch.randn(*cells, width) * width**-0.5,
+        bias=torch.zeros(cells),
+        mean=torch.zeros(cells),
+        deviation=torch.ones(cells),
+        token=torch.randn(width + 3) * 0.001,
+        kappa=CERTAIN,
+    )
+    shapes = ((width + 1, RANK), (RANK, width), (*cells, RANK))
+    return GatedLayer(gate, {THRESHOLD_POINT: CompensationWeights(*(torch.randn(shape) * 0.01 for shape in shapes))})
 
 
 def _with_threads(count: int, run: Callable[[], object]) -> None:

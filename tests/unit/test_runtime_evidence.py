@@ -70,7 +70,9 @@ def test_architectures_count_that_pass_both_tests() -> None:
 
 def test_every_figure_of_the_runtime_has_a_collector() -> None:
     assert list(COLLECTORS) == [
-        *("layer.half_over_full.cpp", "layer.half_over_full.torch", "layer.speedup_over_transformers.cpp"),
+        *("layer.half_over_full.cpp", "layer.half_over_full.torch"),
+        *("layer.threshold_over_full.t1", "layer.threshold_over_full.t8", "layer.threshold_over_full.t32"),
+        "layer.speedup_over_transformers.cpp",
         *("layer.two_threads.t1", "layer.two_threads.t8", "layer.two_threads.t32"),
         *("engine.over_generate.b8", "engine.over_generate.b32"),
         *("engine.over_continuous_batching.b8", "engine.over_continuous_batching.b32", "engine.half_over_full"),
