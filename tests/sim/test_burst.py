@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from prism_operator.plan.surprise import REMEMBERED
 from prism_operator.plan.types import LoopSettings, Reason, ServicePolicy, Status
 from tests.sim.fleet import Fleet, poisson
 from tests.unit.plan.factories import POINTS, profile, service_class, service_policy
@@ -80,12 +81,13 @@ def test_every_tick_keeps_floors_bounds_and_gives_a_reason(bursts: dict[int, Fle
 
 
 def test_replicas_that_a_burst_was_too_much_for_are_kept_for_the_next_one_until_it_is_forgotten() -> None:
-    """Every 5 s a lead time of 25 s ends, and the last 50 of them are remembered."""
+    """Ticks of 5 s: the burst is forgotten after `REMEMBERED` of them."""
     scaling = {"minReplicas": 1, "maxReplicas": 3, "behavior": BEHAVIOR}
     fleet = Fleet(_policy(scaling=scaling), profile())
-    fleet.run(poisson(3, [(STEP_S, CALM), (45.0, 14.0), (600.0, CALM)]), 700.0)
+    forgotten_s = 5.0 * REMEMBERED
+    fleet.run(poisson(3, [(STEP_S, CALM), (45.0, 14.0), (forgotten_s + 600.0, CALM)]), forgotten_s + 450.0)
     ordered = {tick.at_s: tick.ordered for tick in fleet.ticks}
-    assert [ordered[at_s] for at_s in (50.0, 300.0, 700.0)] == [1, 2, 1]
+    assert [ordered[at_s] for at_s in (50.0, 300.0, forgotten_s, forgotten_s + 450.0)] == [1, 2, 2, 1]
 
 
 def test_a_pod_that_never_becomes_ready_blocks_no_scale_down() -> None:

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from prism_operator.plan import fleet
 from prism_operator.plan.capacity import ClassLoad
 from prism_operator.plan.fleet import Caps
+from prism_operator.plan.surprise import REMEMBERED
 from prism_operator.plan.types import BudgetState, DemandState, Lengths, ReplicaState
 from tests.property.plan.loop import NAME, TICK_S, Loop, loop_policy
 from tests.unit.plan.factories import POINTS, profile
@@ -65,7 +66,8 @@ def test_restart_under_constant_load_changes_no_decision(per_s: int, seconds: in
 def test_step_of_load_converges_to_what_the_new_load_needs(before: int, after: int) -> None:
     loop = Loop(loop_policy())
     loop.run(before, 600)
-    loop.run(after, 1200 + 120 * loop.ordered)
+    forgotten_s = REMEMBERED * loop.policy.loop.slow_period_s
+    loop.run(after, round(forgotten_s) + 600 + 120 * loop.ordered)
     asked = loop.state.recommendations[-1].asked
     assert loop.point == "full", str(loop.points[-1])
     assert max(1, asked.up) <= loop.ordered <= max(1, asked.down), str(loop.plans[-1])

@@ -96,14 +96,14 @@ def test_forecast_of_less_load_never_plans_below_the_load_there_is() -> None:
 
 def test_surprises_of_the_past_are_held_at_the_floors_and_a_larger_headroom_covers_them() -> None:
     """5/s need 0.89 replicas at full and 0.55 at the floor; once 30/s more came within a lead time: 35/s are 3.9."""
-    known = {NAME: SurpriseState(ended=(Excess(30.0, 100),))}
+    known = {NAME: SurpriseState(seen=(Excess(30.0, 100),))}
     calm = _ask(5, scaling=_scaling(headroom="0.1"))
     wary = _ask(5, surprises=known, scaling=_scaling(headroom="0.1"))
     assert (calm.up, wary.up) == (1, 4)
     assert wary.inputs["need_burst"] == pytest.approx(3.90, abs=0.01)
     assert wary.down == 4
     assert wary.nominal == {NAME: "full"}
-    small = {NAME: SurpriseState(ended=(Excess(1.0, 100),))}
+    small = {NAME: SurpriseState(seen=(Excess(1.0, 100),))}
     assert _ask(56, surprises=small).up == _ask(56).up
 
 
