@@ -1,8 +1,8 @@
-"""The kernels page quotes evidence/gpu.json."""
+"""The kernels page quotes evidence/gpu.json and evidence/runtime.json."""
 
 import pytest
 
-from evidence.kernels_page import main, table
+from evidence.kernels_page import CPU_ROWS, cpu_table, main, table
 
 
 def figure(value: float) -> dict[str, object]:
@@ -19,3 +19,12 @@ def test_a_column_that_was_not_measured_for_some_tokens_is_empty_there() -> None
     lines = table(figures)
     assert lines[0] == "Microseconds on one H200 (torch 9.9):"
     assert [line.split(" | ")[2:4] for line in lines[-2:]] == [["579", "1"], ["", "1"]]
+
+
+def test_a_ratio_that_was_not_taken_says_why() -> None:
+    taken = {"value": 1.456, "low": 1.4, "high": 1.512}
+    absent = {"value": None, "low": None, "high": None, "why": "there is no C compiler here"}
+    figures = dict.fromkeys(CPU_ROWS, taken) | {"layer.half_over_full.cpp": absent}
+    lines = cpu_table(figures)
+    assert "| there is no C compiler here |  | `layer.half_over_full.cpp` |" in lines[2]
+    assert "| 1.46 | 1.40 to 1.51 |" in lines[3]

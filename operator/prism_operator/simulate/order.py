@@ -31,15 +31,19 @@ def by_deadline(
     starts   requests that have started so far
     """
     if starts % FAIR == FAIR - 1:
-        return min(range(len(waiting)), key=lambda place: (-promises[waiting[place].service_class].priority, place))
+        return min(range(len(waiting)), key=lambda place: _rank(promises, waiting[place]))
 
-    def urgency(place: int) -> tuple[int, bool, float, int]:
+    def urgency(request: SimRequest) -> tuple[int, bool, float, float]:
         """By priority, then those whose first token can still be in time, then by deadline."""
-        request = waiting[place]
-        promise = promises[request.service_class]
+        priority, arrived_s = _rank(promises, request)
         if request.first_s is not None:
-            return (-promise.priority, False, -math.inf, place)
-        due_s = request.arrived_s + promise.ttft_s
-        return (-promise.priority, due_s < now_s + alone_s(request), due_s, place)
+            return (priority, False, -math.inf, arrived_s)
+        due_s = arrived_s + promises[request.service_class].ttft_s
+        late = due_s < math.inf and due_s < now_s + alone_s(request)
+        return (priority, late, due_s, arrived_s)
 
-    return min(range(len(waiting)), key=urgency)
+    return min(range(len(waiting)), key=lambda place: urgency(waiting[place]))
+
+
+def _rank(promises: Mapping[str, Promise], request: SimRequest) -> tuple[int, float]:
+    return (-promises[request.service_class].priority, request.arrived_s)
