@@ -64,10 +64,14 @@ typedef struct {
         }                                          \
     }
 
-// Asks for the weights that come next, where rows enough keep the processor busy with those at hand; with one or two it
-// waits for them anyway, and asking does not help. Behind the last weights nothing is read: asking is allowed anywhere.
-#define ASK_AHEAD(rows, address) \
-    if ((rows) > 2) __builtin_prefetch((address), 0, 2)
+// Asks for `count` values of the weights that come next, where rows enough keep the processor busy with those at hand;
+// with one or two it waits for them anyway, and asking does not help. What comes next lies behind what is at hand, so a
+// loop asks for as much of it as it reads. Behind the last weights nothing is read: asking is allowed anywhere.
+INLINE void ask_ahead(int rows, const void *values, int64_t at, int64_t count, int half) {
+    const char *from = (const char *)values + at * (half ? 2 : 4);
+    if (rows > 2)
+        for (int64_t line = 0; line < count * (half ? 2 : 4); line += 64) __builtin_prefetch(from + line, 0, 2);
+}
 
 INLINE lanes load(const void *values, int64_t at, int half) {
     if (!half) return *(const lanes *)((const float *)values + at);
@@ -144,15 +148,14 @@ typedef struct {
 INLINE void up_rows(int half, int rows, int some, int64_t width, const void *const *x, const void *w1, int64_t gate_at,
                     int64_t up_at, float *gate, float *up, int64_t stride) {
     lanes g[ROWS][UP] = {{{0}}}, u[ROWS][UP] = {{{0}}};
-    const int64_t bytes = half ? 2 : 4;
     for (int64_t c = 0; c < width; c += LANES) {
         lanes wg[UP], wu[UP];
         for (int k = 0; k < some; k++) {
             wg[k] = load(w1, gate_at + k * width + c, half);
             wu[k] = load(w1, up_at + k * width + c, half);
-            ASK_AHEAD(rows, (const char *)w1 + (gate_at + (k + UP) * width + c) * bytes);
-            ASK_AHEAD(rows, (const char *)w1 + (up_at + (k + UP) * width + c) * bytes);
         }
+        ask_ahead(rows, w1, gate_at + some * (width + c), some * LANES, half);
+        ask_ahead(rows, w1, up_at + some * (width + c), some * LANES, half);
         for (int r = 0; r < rows; r++) {
             lanes v = load(x[r], c, half);
             for (int k = 0; k < some; k++) {
@@ -168,13 +171,10 @@ INLINE void up_rows(int half, int rows, int some, int64_t width, const void *con
 // Adds `some` neurons, from the one whose weights lie at `at`, to the outputs.
 INLINE void down_rows(int half, int rows, int some, int64_t width, const float *activated, int64_t stride,
                       const void *w2, int64_t at, float *const *out) {
-    const int64_t bytes = half ? 2 : 4;
     for (int64_t c = 0; c < width; c += LANES) {
         lanes w[DOWN];
-        for (int k = 0; k < some; k++) {
-            w[k] = load(w2, at + k * width + c, half);
-            ASK_AHEAD(rows, (const char *)w2 + (at + (k + DOWN) * width + c) * bytes);
-        }
+        for (int k = 0; k < some; k++) w[k] = load(w2, at + k * width + c, half);
+        ask_ahead(rows, w2, at + some * (width + c), some * LANES, half);
         for (int r = 0; r < rows; r++) {
             const float *a = activated + r * stride;
             lanes sum = *(lanes *)(out[r] + c);
@@ -237,10 +237,10 @@ INLINE void up_rows_bf16(int rows, int two, int64_t width, const void *const *x,
     for (int r = 0; r < rows; r++)
         g[r][0] = g[r][1] = u[r][0] = u[r][1] = _mm512_setzero_ps();
     for (int64_t c = 0; c < width; c += STEP) {
+        ask_ahead(rows, gate_row, 2 * (width + c), 2 * STEP, 1);
+        ask_ahead(rows, up_row, 2 * (width + c), 2 * STEP, 1);
         for (int k = 0; k < 1 + two; k++) {
             __m512bh wg = bits_at(gate_row, k * width + c), wu = bits_at(up_row, k * width + c);
-            ASK_AHEAD(rows, gate_row + (k + 2) * width + c);
-            ASK_AHEAD(rows, up_row + (k + 2) * width + c);
             for (int r = 0; r < rows; r++) {
                 __m512bh v = bits_at(x[r], c);
                 g[r][k] = _mm512_dpbf16_ps(g[r][k], v, wg);
@@ -264,11 +264,10 @@ INLINE void down_rows_bf16(int rows, int pairs, int last_alone, int64_t width, c
     const __m512i low = _mm512_loadu_si512(first), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t c = 0; c < width; c += STEP) {
         __m512bh w[PAIRS][2];
+        ask_ahead(rows, w2, DOWN * (width + c), DOWN * STEP, 1);
         for (int p = 0; p < pairs; p++) {
             const uint16_t *row = w2 + 2 * p * width + c, *next = last_alone && p == pairs - 1 ? row : row + width;
             __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(next);
-            ASK_AHEAD(rows, row + DOWN * width);
-            ASK_AHEAD(rows, next + DOWN * width);
             w[p][0] = (__m512bh)_mm512_permutex2var_epi16(a, low, b);
             w[p][1] = (__m512bh)_mm512_permutex2var_epi16(a, high, b);
         }
