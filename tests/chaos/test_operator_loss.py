@@ -10,14 +10,16 @@ pytestmark = pytest.mark.cluster("nodes=2")
 
 
 def test_a_killed_operator_costs_no_request_and_its_successor_resumes_without_a_jump(system: System) -> None:
-    system.apply(scaling={"minReplicas": 2, "maxReplicas": 2})
+    system.apply(scaling={"minReplicas": 2, "maxReplicas": 2}, budget={"min": "b500"})
     system.wait_ready(replicas=2)
-    floor = system.floor_permille()
+    floor = 500
     samples: list[tuple[float, dict[str, int]]] = []
-    # More than two replicas hold at full, less than they hold at the floor: the burst keeps both at the floor.
+    # More than two replicas hold at full, and so much that the burst keeps both at the lowest point.
     arrivals = steady_then_burst(58, calm_per_s=2, burst_per_s=20, burst_at_s=6, burst_s=48)
     with system.load("operator_kill", arrivals) as load:
-        system.wait_until("both pods run at the floor", lambda: set(system.budgets().values()) == {floor}, timeout_s=30)
+        system.wait_until(
+            "both pods run at the lowest point", lambda: set(system.budgets().values()) == {floor}, timeout_s=30
+        )
         system.wait_until("the status tells the move", lambda: bool(_moves(system, "Budget")), timeout_s=10)
         told = _moves(system, "Budget")
         epoch, replicas = system.status()["budget"]["epoch"], system.deployment()["spec"]["replicas"]
