@@ -1,8 +1,8 @@
 """The adapter to torch's oneDNN operators: lets a model's float32 projections use weights that are packed once.
 
 On a CPU torch multiplies float32 by MKL, which packs the weights in every call and on processors of other makers than
-its own does not use their widest vectors: with the rows of a decode batch it takes two to four times as long as oneDNN
-with packed weights. bfloat16 goes through oneDNN in torch already.
+its own does not use their widest vectors; oneDNN with packed weights is faster from a few rows on. bfloat16 goes
+through oneDNN in torch already.
 
 The operators are those that torch.compile emits for frozen weights, and are not public; where this torch lacks them,
 layers stay as they are.
