@@ -38,6 +38,8 @@ class Settings:
     """Namespaces to serve; empty: all."""
     fast_loop_s: float
     slow_loop_s: float
+    rehearsal_s: float
+    """How long a pod is out of traffic before a scale-down removes it; 0: scale-downs are not rehearsed."""
     fleet_max_per_hour: Decimal | None
     """What the replicas of all services may cost together; None: no such cap."""
     fleet_max_accelerators: int | None
@@ -101,6 +103,7 @@ class _Option:
     text: str
 
 
+REHEARSAL = "how long a pod is out of traffic before it is removed; 0: it is removed at once"
 _port = between(0, 65535, int)
 _OPTIONS = (
     _Option("--namespace", "POD_NAMESPACE", "prism-system", namespace, "the operator's own namespace"),
@@ -108,6 +111,7 @@ _OPTIONS = (
     _Option("--watch-namespaces", f"{PREFIX}WATCH_NAMESPACES", "", namespaces, "comma list; empty: all namespaces"),
     _Option("--fast-loop-seconds", f"{PREFIX}FAST_LOOP_SECONDS", "1", between(0.2, 10, float), "period of the budget"),
     _Option("--slow-loop-seconds", f"{PREFIX}SLOW_LOOP_SECONDS", "30", between(1, 600, float), "period of replicas"),
+    _Option("--rehearsal-seconds", f"{PREFIX}REHEARSAL_SECONDS", "0", between(0, 600, float), REHEARSAL),
     _Option("--fleet-max-per-hour", f"{PREFIX}FLEET_MAX_PER_HOUR", "", amount, "cost cap over all services"),
     _Option("--fleet-max-accelerators", f"{PREFIX}FLEET_MAX_ACCELERATORS", "", count, "accelerator cap, likewise"),
     _Option("--listen", "POD_IP", "127.0.0.1", str, "address of the two ports below"),
@@ -146,6 +150,7 @@ def from_arguments(arguments: argparse.Namespace, environ: Mapping[str, str] = o
         watch_namespaces=values["watch_namespaces"],
         fast_loop_s=values["fast_loop_seconds"],
         slow_loop_s=values["slow_loop_seconds"],
+        rehearsal_s=values["rehearsal_seconds"],
         fleet_max_per_hour=values["fleet_max_per_hour"],
         fleet_max_accelerators=values["fleet_max_accelerators"],
         listen=values["listen"],

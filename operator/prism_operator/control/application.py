@@ -68,7 +68,11 @@ class Operator:
             self._certificates,
             self._events,
             status,
-            LoopSettings(fast_period_s=settings.fast_loop_s, slow_period_s=settings.slow_loop_s),
+            LoopSettings(
+                fast_period_s=settings.fast_loop_s,
+                slow_period_s=settings.slow_loop_s,
+                rehearsal_s=settings.rehearsal_s,
+            ),
             ChildSettings(operator_namespace=settings.namespace),
         )
         caps = Caps(settings.fleet_max_per_hour, settings.fleet_max_accelerators)

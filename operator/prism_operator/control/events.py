@@ -18,6 +18,7 @@ LONGEST_NOTE = 1024
 WARNINGS = frozenset(
     {
         "ScaleUpBlocked",
+        "RehearsalFailed",
         "ReplicasReverted",
         "ConflictingOwner",
         "SignalsStale",

@@ -15,8 +15,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from prism_operator.control.kube import Forbidden, Gone, Kube, KubeError
 from prism_operator.control.resources import Object, Resource
+from prism_operator.plan.pod_template import SERVICE_LABEL, SERVING_LABEL
 
-SERVICE_LABEL = "moeprism.io/service"
+REHEARSED_ANNOTATION = "moeprism.io/rehearsed"
+"""On a pod that the operator took out of traffic. One that lacks the serving label without it was taken out by hand."""
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 
@@ -52,6 +54,10 @@ class PodRecord:
     unschedulable: bool
     created_unix_s: float
     ready_unix_s: float | None
+    serving: bool = True
+    """Carries the label that the Service selects."""
+    rehearsed: bool = False
+    """The operator took it out of traffic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,8 @@ def pod_record(obj: Object) -> PodRecord:
         unschedulable=scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable",
         created_unix_s=unix_seconds(metadata["creationTimestamp"]),
         ready_unix_s=unix_seconds(ready["lastTransitionTime"]) if is_ready else None,
+        serving=metadata["labels"].get(SERVING_LABEL) == "true",
+        rehearsed=REHEARSED_ANNOTATION in (metadata.get("annotations") or {}),
     )
 
 

@@ -14,7 +14,7 @@ server-side apply needs `patch`, and `create` where the object does not exist ye
 | moeprism.io | prismservices/status | patch | watched |
 | moeprism.io | prismmodels | get, list, watch | watched |
 | moeprism.io | prismmodels/status | patch | watched |
-| core | pods | list, watch | tenant |
+| core | pods | list, watch, patch | tenant |
 | apps | deployments | get, list, watch, create, patch | tenant |
 | events.k8s.io | events | create | tenant |
 | core | services | get, create, patch | tenant |
@@ -283,6 +283,13 @@ class Kube:
         body = {"status": status}
         return await self._call(
             "patch", "PATCH", path, query=query, body=body, content_type="application/merge-patch+json"
+        )
+
+    async def patch(self, resource: Resource, namespace: str, name: str, change: Object) -> Object:
+        """Merge patch; keys of value None are removed. Raises NotFound, and Conflict if `change` names another uid."""
+        path, query = resource.path(namespace, name), {"fieldManager": FIELD_MANAGER}
+        return await self._call(
+            "patch", "PATCH", path, query=query, body=change, content_type="application/merge-patch+json"
         )
 
     async def delete(self, resource: Resource, namespace: str, name: str, uid: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from prism_api.control import Directive, EnvelopeState, ServiceReference
 from prism_operator import metrics
-from prism_operator.control import guard, reporting
+from prism_operator.control import guard, reporting, traffic
 from prism_operator.control.channel import Channel, Peer
 from prism_operator.control.events import Events, Regarding
 from prism_operator.control.leadership import Leadership
@@ -138,8 +138,11 @@ class ServiceLoop:
         self._decided_s = started_s
         policy = replace(policy, granted_replicas=service.granted_replicas)
         plan, service.replicas = replicas.decide(observation, service.demand, policy, service.replicas)
+        reporting.post_rehearsal(ports.events, self._regarding, service.replica_plan, plan)
         service.replica_plan = plan
         self._order(plan, observation.ordered_replicas)
+        if traffic.changes(service):
+            ports.order_reconcile(service.key)
         metrics.TICK_DURATION.labels("slow").observe(self._clock() - started_s)
 
     def _slow_is_due(self) -> bool:

@@ -6,6 +6,7 @@ controls them or they do not exist; one of that name that belongs to somebody el
 
 import logging
 import random
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,11 +17,11 @@ from prism_api.scaling import ScalingControl
 from prism_api.service import PrismServiceSpec
 from prism_api.service_status import Decision
 from prism_operator import metrics
-from prism_operator.control import guard
+from prism_operator.control import guard, traffic
 from prism_operator.control.certificates import Certificates, NotOurs
 from prism_operator.control.events import Events, Regarding
 from prism_operator.control.informer import unix_seconds
-from prism_operator.control.kube import Forbidden, Kube, KubeError, NotFound
+from prism_operator.control.kube import Conflict, Forbidden, Kube, KubeError, NotFound
 from prism_operator.control.leadership import Leadership
 from prism_operator.control.loops import Loops
 from prism_operator.control.ownership import controller_uid, is_current, owner_reference
@@ -28,6 +29,7 @@ from prism_operator.control.queue import Backoff
 from prism_operator.control.resources import (
     NETWORK_POLICIES,
     POD_DISRUPTION_BUDGETS,
+    PODS,
     PRISM_MODELS,
     PRISM_SERVICES,
     Object,
@@ -224,6 +226,13 @@ class Reconciler:
         for child in wanted:
             await self._apply(service, child)
         await self._prune(service, wanted)
+        await self._direct_traffic(service)
+
+    async def _direct_traffic(self, service: ServiceWorld) -> None:
+        for record, change in traffic.changes(service):
+            self._may_act()
+            with suppress(NotFound, Conflict):  # gone meanwhile, and perhaps replaced under its name
+                await self._kube.patch(PODS, record.namespace, record.name, change)
 
     async def _apply(self, service: ServiceWorld, child: Object) -> None:
         resource, metadata = resource_of(child), child["metadata"]

@@ -8,7 +8,7 @@ from prism_operator.control.events import Events, Regarding
 from prism_operator.control.recorder import Move
 from prism_operator.control.world import ServiceWorld
 from prism_operator.plan import demand
-from prism_operator.plan.types import BudgetPlan, Observation, Reason, ServicePolicy
+from prism_operator.plan.types import BudgetPlan, Observation, Reason, ReplicaPlan, ServicePolicy
 
 
 def budget_moves(last: BudgetPlan | None, plan: BudgetPlan, ladder: Ladder) -> list[Move]:
@@ -42,6 +42,15 @@ def post_spent_quality(events: Events, regarding: Regarding, last: BudgetPlan | 
     for target in plan.classes:
         if target.reason is Reason.QUALITY_BUDGET_SPENT and before.get(target.name) is not target.reason:
             events.post(regarding, "QualityBudgetSpent", "PlanBudget", f"class '{target.name}': {target.message}")
+
+
+def post_rehearsal(events: Events, regarding: Regarding, last: ReplicaPlan | None, plan: ReplicaPlan) -> None:
+    """Say when a pod leaves traffic on trial, and when it had to come back."""
+    was = last.out_of_traffic if last is not None else ()
+    if plan.reason is Reason.REHEARSAL_FAILED:
+        events.post(regarding, "RehearsalFailed", "PlanReplicas", plan.message)
+    elif plan.out_of_traffic and not was:
+        events.post(regarding, "RehearsalStarted", "PlanReplicas", plan.message)
 
 
 def post_pod_problems(events: Events, regarding: Regarding, service: ServiceWorld, observation: Observation) -> None:

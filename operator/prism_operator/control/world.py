@@ -247,6 +247,7 @@ class ServiceWorld:
             node=record.node,
             ready=record.ready and not deleting,
             deleting=deleting,
+            serving=record.serving,
             ready_s=None if record.ready_unix_s is None else record.ready_unix_s + offset_s,
             unschedulable=record.unschedulable,
             stale=self.is_stale(pod, now_s),

@@ -74,7 +74,7 @@ def decide(
     plan = _owned_elsewhere(tick) or _outside_limits(tick)
     if plan is None:
         plan, state = _managed(tick, state)
-    elif policy.scaling is not ScalingControl.MANAGED:
+    elif policy.scaling is not ScalingControl.MANAGED or policy.paused or policy.advisory:
         state = replace(state, rehearsal=None)
     away = (state.rehearsal.uid,) if state.rehearsal is not None else ()
     return replace(plan, stuck_pods=tuple(pod.name for pod in tick.stuck), out_of_traffic=away), state

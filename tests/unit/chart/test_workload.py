@@ -50,6 +50,7 @@ def test_the_operator_reads_from_its_environment_what_the_values_say() -> None:
     changed = settings_of(
         "operator.fastLoopSeconds=0.5",
         "operator.slowLoopSeconds=5",
+        "operator.rehearsalSeconds=60",
         "operator.logLevel=DEBUG",
         "operator.fleet.maxPerHour=99.5",
         "operator.fleet.maxAccelerators=64",
@@ -58,6 +59,7 @@ def test_the_operator_reads_from_its_environment_what_the_values_say() -> None:
     )
     assert (read.fleet_max_per_hour, read.fleet_max_accelerators) == (None, None)
     assert (str(changed.fleet_max_per_hour), changed.fleet_max_accelerators) == ("99.5", 64)
+    assert (read.rehearsal_s, changed.rehearsal_s) == (0, 60)
     assert (changed.fast_loop_s, changed.slow_loop_s, changed.log_level) == (0.5, 5, "DEBUG")
     assert (changed.watch_namespaces, changed.metrics_port) == (("team-a", "team-b"), 9191)
 

@@ -65,6 +65,17 @@ class FakeKube:
         self.writes.append(("delete", resource.kind, name))
         self.objects.pop((resource.plural, namespace, name), None)
 
+    async def patch(self, resource: Resource, namespace: str, name: str, change: Object) -> Object:
+        """Labels and annotations alone."""
+        obj, metadata = await self.get(resource, namespace, name), change["metadata"]
+        if obj["metadata"]["uid"] != metadata["uid"]:
+            raise Conflict("patch", name, 409, "Conflict", "another uid", frozenset())
+        self.writes.append(("patch", resource.kind, name))
+        for part in ("labels", "annotations"):
+            merged = {**obj["metadata"].get(part, {}), **metadata[part]}
+            obj["metadata"][part] = {key: value for key, value in merged.items() if value is not None}
+        return self.put(resource, obj)
+
     async def patch_status(self, resource: Resource, namespace: str, name: str, status: Object) -> Object:
         self._maybe_fail()
         self.statuses.append((name, copy.deepcopy(status)))

@@ -236,6 +236,15 @@ class TestRehearsal:
         plan, state = self._tick(state, NOW_S + 660)
         assert len(plan.out_of_traffic) == 1
 
+    @pytest.mark.parametrize("mode", ["paused", "advisory"])
+    def test_pod_returns_to_traffic_when_somebody_takes_the_wheel(self, mode: str) -> None:
+        plan, state = self._tick(FULL_HISTORY, NOW_S)
+        pods = tuple(pod(f"pod-{n}", serving=f"uid-pod-{n}" not in plan.out_of_traffic) for n in range(3))
+        policy = replace(self._policy(), **{mode: True})
+        history = replace(demand_of(policy, 3, NOW_S + 30), since_s=0.0)
+        plan, state = replicas.decide(observation(NOW_S + 30, pods), history, policy, state)
+        assert (plan.out_of_traffic, state.rehearsal) == ((), None)
+
     def test_missed_objectives_fail_a_rehearsal_even_where_latencies_look_calm(self) -> None:
         seen = replace(delta(100), met=90, missed=10)
         policy = self._policy()
