@@ -1,6 +1,6 @@
 """Figures of the planner: simulated ramps and traces, and the cost of a tick. Writes evidence/planner.json.
 
-    python -m evidence.planner                 everything that needs no cluster (half an hour of one core)
+    python -m evidence.planner                 everything that needs no cluster (two hours of one core)
     python -m evidence.planner --only ID...    these, keeping the others
     python -m evidence.planner --table         the Pareto table alone, every cell, into evidence/planner_pareto.json
 
@@ -65,8 +65,6 @@ class Episode:
     start_p90_s: float = 130.0
 
 
-WINDOW_SHARE = 1 / 6
-"""Of each ten minutes of a rate trace 100 s are played: a day takes four hours, its changes are six times faster."""
 EPISODES = (
     Episode(
         "azure2023_code", "l4-olmoe", 2000, 150, 2, 12, 4, Reading("default", factor=2, longest_prompt=3500), 60, 80
@@ -81,7 +79,7 @@ EPISODES = (
         1,
         12,
         2,
-        Reading("default", factor=0.03, window_share=WINDOW_SHARE),
+        Reading("default", factor=0.03),
         60,
         80,
     ),
@@ -93,7 +91,7 @@ EPISODES = (
         1,
         12,
         3,
-        Reading("default", factor=0.01, longest_prompt=3500, window_share=WINDOW_SHARE),
+        Reading("default", factor=0.01, longest_prompt=3500),
         60,
         80,
     ),

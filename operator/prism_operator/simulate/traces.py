@@ -33,8 +33,6 @@ class Reading:
     factor            requests per request of the trace: 0.5 keeps half of them, 3 triples them
     prompt, output    mean tokens where the trace has no lengths (drawn exponentially)
     longest           clip prompts and outputs to these, for a model with a short context
-    window_share      of each window of a rate trace, the share that is played, so that a day takes less: bursts inside
-                      a window keep their shape, and what changes from window to window changes that much faster
     """
 
     service_class: str
@@ -46,7 +44,6 @@ class Reading:
     output: float = 128
     longest_prompt: int = 10**9
     longest_output: int = 10**9
-    window_share: float = 1.0
 
 
 def read(path: Path, how: Reading) -> list[SimRequest]:
@@ -125,8 +122,8 @@ def _rates(path: Path, rows: list[dict[str, str]], how: Reading, rng: random.Ran
         width = min((later - earlier for earlier, later in pairwise(times)), default=600.0)
         spans = [
             Span(
-                start_s=at_s * how.window_share,
-                end_s=(at_s + width) * how.window_share,
+                start_s=at_s,
+                end_s=at_s + width,
                 rate=number(row, "total_rps"),
                 prompt=number(row, "mean_input_tokens") or how.prompt,
                 output=number(row, "mean_output_tokens") or how.output,
