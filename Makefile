@@ -117,7 +117,7 @@ evidence-refactor: install ## Re-take every figure of evidence/refactor.json (AR
 	$(BIN)/python -m evidence.refactor $(ARGS)
 
 .PHONY: evidence-runtime
-evidence-runtime: install ## Re-take every figure of evidence/runtime.json: CPU times, replays and a soak, half an hour of one core
+evidence-runtime: install ## Re-take every figure of evidence/runtime.json: CPU times, replays and a soak, an hour of a quiet machine
 	$(BIN)/python -m evidence.runtime $(ARGS)
 
 .PHONY: evidence-planner

@@ -1,6 +1,6 @@
 """Figures of the runtime: times the kernels and the engine on this machine's CPU, and writes evidence/runtime.json.
 
-    python -m evidence.runtime                  all of them, half an hour of one core
+    python -m evidence.runtime                  all of them, an hour of a quiet machine
     python -m evidence.runtime --only ID...     these, keeping the others
 
 Nothing here is typed by hand: a figure that cannot be taken is null and says why. Speeds are ratios of CPU times of one
@@ -8,6 +8,7 @@ process, never times: how they are taken is told in `evidence.runtime_bench`.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from rich.console import Console
 from evidence import figures
 from evidence import runtime_bench as bench
 from evidence import runtime_goodput as replay
+from evidence import runtime_paced as paced
 from evidence.figures import ROOT, NotTaken
 from evidence.slice import SAME_LOGITS, SAME_TOKENS, outcomes, passed_parameters
 
@@ -89,6 +91,12 @@ class Runs:
         self._console.print("Measuring the larger model's steps, and replaying traces on them")
         profile = replay.measured_profile()
         return [replay.compare(profile, seed) for seed in REPLAY_SEEDS]
+
+    @cached_property
+    def paced(self) -> list[dict[str, dict[str, paced.Run]]]:
+        """The same over HTTP and in real time, by seed."""
+        self._console.print("Replaying traces to paced pods, five minutes a seed")
+        return [asyncio.run(paced.compare(seed)) for seed in REPLAY_SEEDS]
 
     @cached_property
     def architectures(self) -> dict[str, str]:
@@ -170,6 +178,10 @@ def _soaked(count: str, runs: Runs) -> Values:
 
 
 def _goodput_over(policy: str, runs: Runs) -> Values:
+    return [replay.goodput_over(outcomes, policy) for outcomes in runs.paced]
+
+
+def _virtual_goodput_over(policy: str, runs: Runs) -> Values:
     return [replay.goodput_over(outcomes, policy) for outcomes in runs.replays]
 
 
@@ -188,8 +200,11 @@ COLLECTORS = {
         for batch in bench.BATCHES
     },
     "engine.half_over_full": _figure("ratio", _half_over_full_engine, SEEDS),
-    "goodput.over_fifo": _figure("ratio", partial(_goodput_over, "fifo"), REPLAY_SEEDS),
-    "goodput.over_paper_policy": _figure("ratio", partial(_goodput_over, "paper"), REPLAY_SEEDS),
+    **{
+        f"goodput.{name}": _figure("ratio", partial(take, policy), REPLAY_SEEDS)
+        for prefix, take in (("", _goodput_over), ("in_virtual_time.", _virtual_goodput_over))
+        for name, policy in ((f"{prefix}over_fifo", "fifo"), (f"{prefix}over_paper_policy", "paper"))
+    },
     **{
         f"soak.{count}": _figure(unit, partial(_soaked, count), (SOAK_SEED,))
         for count, unit in (

@@ -1,5 +1,5 @@
 """Goodput of batching policies on one pod, in virtual time: the engine's own scheduler, policies and memory, steps that
-take what a profile says, and requests of public traces. No model runs.
+take what a profile says, and requests of public traces. No model runs; `evidence.runtime_paced` asks the same of whole pods.
 
     python -m evidence.runtime_goodput PROFILE.json      prints every run; of what `prism-runtime profile` prints
 
@@ -13,10 +13,11 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Protocol
 
 from prism_api.points import Ladder, OperatingPoint
 from prism_api.profile import Profile
@@ -61,6 +62,13 @@ class Arrival:
     at_s: float
     input_tokens: int
     output_tokens: int
+
+
+class Served(Protocol):
+    """One run of a policy, whatever it was measured by."""
+
+    @property
+    def goodput(self) -> float: ...
 
 
 @dataclass(slots=True)
@@ -232,7 +240,7 @@ def compare(profile: Profile, seed: int, load: float = LOAD, bulk_floor: str = "
     return outcomes
 
 
-def goodput_over(outcomes: dict[str, dict[str, Outcome]], baseline: str) -> float:
+def goodput_over(outcomes: Mapping[str, Mapping[str, Served]], baseline: str) -> float:
     """Goodput of the engine's own policy over a baseline's, all traces together."""
     own, other = (sum(one.goodput for one in outcomes[policy].values()) for policy in ("slack", baseline))
     return own / other

@@ -12,7 +12,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,13 @@ class Client:
         self._session, self._url, self._model = session, url.rstrip("/"), model
         self._tokens, self._clock, self._request_timeout_s = tokens, clock, request_timeout_s
 
-    async def send(self, index: int, arrival: Arrival) -> Answer:
+    async def send(self, index: int, arrival: Arrival, headers: Mapping[str, str] | None = None) -> Answer:
         """One request at its time. Never raises for what a server or network does: that is in the answer."""
         await asyncio.sleep(max(0.0, arrival.at_s - self._clock()))
         stream, error = _Stream(sent_s=self._clock()), None
         try:
             async with asyncio.timeout(self._request_timeout_s):
-                await self._complete(index, arrival, stream)
+                await self._complete(index, arrival, stream, headers)
         except TimeoutError:
             error = f"no complete answer within {self._request_timeout_s:g} s"
         except (aiohttp.ClientError, OSError, ValueError) as failure:
@@ -77,7 +77,7 @@ class Client:
             error = f"HTTP {stream.status}"
         return _answer(index, arrival, stream, error, self._clock())
 
-    async def _complete(self, index: int, arrival: Arrival, stream: _Stream) -> None:
+    async def _complete(self, index: int, arrival: Arrival, stream: _Stream, headers: Mapping[str, str] | None) -> None:
         body = {
             "model": self._model,
             "prompt": prompts.prompt(self._tokens, index, arrival.prompt_tokens),
@@ -87,16 +87,18 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        async with await self._post(body, stream) as response:
+        async with await self._post(body, stream, headers) as response:
             stream.status = response.status
             stream.point = response.headers.get("x-prism-operating-point")
             if response.status == 200:
                 await self._read(response, stream)
 
-    async def _post(self, body: dict[str, Any], stream: _Stream) -> aiohttp.ClientResponse:
+    async def _post(
+        self, body: dict[str, Any], stream: _Stream, headers: Mapping[str, str] | None
+    ) -> aiohttp.ClientResponse:
         while True:
             try:
-                return await self._session.post(f"{self._url}/v1/completions", json=body)
+                return await self._session.post(f"{self._url}/v1/completions", json=body, headers=headers)
             except UNREACHED:
                 if stream.retries == RETRIES:
                     raise

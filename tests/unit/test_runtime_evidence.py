@@ -77,6 +77,7 @@ def test_every_figure_of_the_runtime_has_a_collector() -> None:
         *("engine.over_generate.b8", "engine.over_generate.b32"),
         *("engine.over_continuous_batching.b8", "engine.over_continuous_batching.b32", "engine.half_over_full"),
         *("goodput.over_fifo", "goodput.over_paper_policy"),
+        *("goodput.in_virtual_time.over_fifo", "goodput.in_virtual_time.over_paper_policy"),
         *("soak.requests", "soak.failed_requests", "soak.leaked_blocks", "soak.rss_growth_megabytes"),
         *("aot.kernels", "aot.spills", "equal.architectures"),
     ]
@@ -90,8 +91,9 @@ def test_replays_give_one_ratio_a_seed_over_all_traces_and_a_soak_gives_its_coun
         {"slack": {"a": outcome(3.0), "b": outcome(1.0)}, "fifo": {"a": outcome(1.0), "b": outcome(own)}}
         for own in (1.0, 3.0)
     ]
-    figure = collect("goodput.over_fifo", runs(replays=replays))
-    assert figure.value == 1.5
-    assert figure.low is not None
-    assert figure.seeds == runtime.REPLAY_SEEDS
+    for name, given in (("goodput.over_fifo", "paced"), ("goodput.in_virtual_time.over_fifo", "replays")):
+        figure = collect(name, runs(**{given: replays}))
+        assert figure.value == 1.5
+        assert figure.low is not None
+        assert figure.seeds == runtime.REPLAY_SEEDS
     assert collect("soak.leaked_blocks", runs(soak={"leaked_blocks": 0})).value == 0
