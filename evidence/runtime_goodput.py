@@ -1,5 +1,5 @@
 """Goodput of batching policies on one pod, in virtual time: the engine's own scheduler, policies and memory, steps that
-take what a profile says, and requests of public traces. No model runs; `evidence.runtime_paced` asks the same of whole pods.
+take what a profile says, and requests of public traces. No model runs: `evidence.runtime_paced` asks it of whole pods.
 
     python -m evidence.runtime_goodput PROFILE.json      prints every run; of what `prism-runtime profile` prints
 

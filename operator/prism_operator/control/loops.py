@@ -146,10 +146,14 @@ class ServiceLoop:
         metrics.TICK_DURATION.labels("slow").observe(self._clock() - started_s)
 
     def _slow_is_due(self) -> bool:
-        policy, plan, since_s = self.service.usable(), self.service.budget_plan, self._clock() - self._decided_s
+        service, since_s = self.service, self._clock() - self._decided_s
+        policy, plan = service.usable(), service.budget_plan
         if policy is None:
             return False
-        return since_s >= policy.loop.slow_period_s or (plan is not None and replicas.urgent(plan, policy, since_s))
+        if since_s >= policy.loop.slow_period_s:
+            return True
+        policy = replace(policy, granted_replicas=service.granted_replicas)
+        return plan is not None and replicas.urgent(plan, policy, since_s, service.desired_replicas)
 
     def _order(self, plan: ReplicaPlan, ordered: int) -> None:
         service, (namespace, name) = self.service, self.service.key

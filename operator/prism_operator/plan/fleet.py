@@ -8,6 +8,8 @@ times relative quality, summed over classes). Picking one choice a service under
     2. everybody starts at the cheapest choice, the floors
     3. take the hull step with the largest gain in value for its cost that still fits, until none does
     4. fill what is left with single choices, hull or not, the largest gain first
+    5. share out what is left then, a replica each in turn: nobody needs it now, but a burst does not wait for the next
+       arbitration, and idle accelerators that nobody may order are of no use
 
 Under one cap this is the optimum of the relaxed problem up to the one step that does not fit, so what is lost is at
 most that step's value (Sinha and Zoltners 1979). Under several caps it is a heuristic; a step's cost is then its
@@ -23,6 +25,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from typing import Protocol
 
 from prism_api.profile import Profile
 from prism_operator.plan import capacity, demand
@@ -56,6 +59,8 @@ class Claim:
     accelerators: int
     """Of one replica."""
     choices: tuple[Choice, ...]
+    most: int
+    """Replicas that its spec allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,8 @@ class Grant:
     message: str
     rejected: str = ""
     """The best alternative and why it was not taken; empty where there was none."""
+    spare: int = 0
+    """Replicas that it may order beyond these if its load rises before the next arbitration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,7 @@ class FleetPlan:
     unserved: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{name}={grant.replicas}" for name, grant in sorted(self.grants.items()))
+        counts = ", ".join(f"{name}={grant.replicas}+{grant.spare}" for name, grant in sorted(self.grants.items()))
         return f"fleet {self.status} {self.reason}: {counts}; {self.message}"
 
 
@@ -142,7 +149,8 @@ def claim(
         value = sum(load.per_s * float(ladder[points[load.policy.name]].relative_quality) for load in loads)
         choices.append(Choice(replicas, points, value))
     priority = max(one.priority for one in policy.classes)
-    return Claim(service, priority, policy.price_per_hour, accelerators, tuple(choices))
+    most = choices[-1].replicas if policy.max_replicas is None else policy.max_replicas
+    return Claim(service, priority, policy.price_per_hour, accelerators, tuple(choices), most)
 
 
 def arbitrate(claims: Iterable[Claim], caps: Caps, before: FleetPlan | None = None) -> FleetPlan:
@@ -159,7 +167,7 @@ def arbitrate(claims: Iterable[Claim], caps: Caps, before: FleetPlan | None = No
         )
     if not ordered:
         return FleetPlan(Status.HOLD, Reason.IDLE, "no service claims replicas")
-    ledger = _Ledger(caps)
+    ledger = Ledger(caps)
     held = _grant_floors(ordered, ledger)
     unserved = tuple(one.service for one in ordered if held[one.service].missing)
     refused = _climb(ordered, held, ledger)
@@ -168,6 +176,8 @@ def arbitrate(claims: Iterable[Claim], caps: Caps, before: FleetPlan | None = No
     if kept is not None:
         return kept
     grants = {one.service: _grant(one, held[one.service], refused.get(one.service)) for one in ordered}
+    if not unserved:
+        grants = _with_spare(ordered, grants, ledger)
     return _plan(grants, value, unserved, caps)
 
 
@@ -209,45 +219,71 @@ class _Held:
         self.above = tuple(one for one in self.above if one.replicas > choice.replicas)
 
 
-class _Ledger:
+class Priced(Protocol):
+    """What one replica takes of the caps; no price counts as free here, and is refused where that matters."""
+
+    @property
+    def price_per_hour(self) -> Decimal | None: ...
+
+    @property
+    def accelerators(self) -> int: ...
+
+
+class Ledger:
     """What the caps have left, and what a share of it is measured by: all there was when `measure` was called."""
 
     def __init__(self, caps: Caps) -> None:
         self._money, self._accelerators = caps.per_hour, caps.accelerators
         self._whole = caps
 
+    @property
+    def left(self) -> Caps:
+        return Caps(self._money, self._accelerators)
+
     def measure(self) -> None:
         """From now on shares are shares of what is left now."""
         self._whole = Caps(self._money, self._accelerators)
 
-    def fitting(self, claim: Claim, replicas: int) -> int:
+    def fitting(self, one: Priced, replicas: int) -> int:
         """How many of `replicas` more of this service fit."""
         fit = replicas
-        if self._money is not None and claim.price_per_hour:
-            fit = min(fit, int(self._money // claim.price_per_hour))
-        if self._accelerators is not None and claim.accelerators:
-            fit = min(fit, self._accelerators // claim.accelerators)
+        if self._money is not None and one.price_per_hour:
+            fit = min(fit, int(self._money // one.price_per_hour))
+        if self._accelerators is not None and one.accelerators:
+            fit = min(fit, self._accelerators // one.accelerators)
         return fit
 
-    def take(self, claim: Claim, replicas: int) -> None:
-        assert self.fitting(claim, replicas) == replicas, "asked before taken"
-        if self._money is not None and claim.price_per_hour:
-            self._money -= claim.price_per_hour * replicas
+    def take(self, one: Priced, replicas: int) -> None:
+        assert self.fitting(one, replicas) == replicas, "asked before taken"
+        if self._money is not None and one.price_per_hour:
+            self._money -= one.price_per_hour * replicas
         if self._accelerators is not None:
-            self._accelerators -= claim.accelerators * replicas
+            self._accelerators -= one.accelerators * replicas
 
-    def share(self, claim: Claim, replicas: int) -> float:
+    def hold(self, one: Priced, replicas: int) -> None:
+        """Count what exists already, whether it fits or not."""
+        if self._money is not None and one.price_per_hour:
+            self._money = max(Decimal(0), self._money - one.price_per_hour * replicas)
+        if self._accelerators is not None:
+            self._accelerators = max(0, self._accelerators - one.accelerators * replicas)
+
+    def limits(self, one: Priced) -> bool:
+        """Whether any cap is about this service."""
+        money = self._money is not None and bool(one.price_per_hour)
+        return money or (self._accelerators is not None and one.accelerators > 0)
+
+    def share(self, one: Priced, replicas: int) -> float:
         """The largest share that `replicas` are of a cap; 0 where they touch none."""
         money, accelerators = self._whole.per_hour, self._whole.accelerators
         shares = [0.0]
-        if money is not None and claim.price_per_hour:
-            shares.append(float(claim.price_per_hour * replicas / money) if money else math.inf)
-        if accelerators is not None and claim.accelerators:
-            shares.append(claim.accelerators * replicas / accelerators if accelerators else math.inf)
+        if money is not None and one.price_per_hour:
+            shares.append(float(one.price_per_hour * replicas / money) if money else math.inf)
+        if accelerators is not None and one.accelerators:
+            shares.append(one.accelerators * replicas / accelerators if accelerators else math.inf)
         return max(shares)
 
 
-def _grant_floors(ordered: Sequence[Claim], ledger: _Ledger) -> dict[str, _Held]:
+def _grant_floors(ordered: Sequence[Claim], ledger: Ledger) -> dict[str, _Held]:
     held = {}
     for one in ordered:
         steps = hull(one)
@@ -257,7 +293,7 @@ def _grant_floors(ordered: Sequence[Claim], ledger: _Ledger) -> dict[str, _Held]
     return held
 
 
-def _climb(ordered: Sequence[Claim], held: Mapping[str, _Held], ledger: _Ledger) -> dict[str, str]:
+def _climb(ordered: Sequence[Claim], held: Mapping[str, _Held], ledger: Ledger) -> dict[str, str]:
     """Take the best step that fits until none does, band by band; what was refused, by service.
 
     A service whose next step does not fit climbs no further: the steps above it are larger for less.
@@ -287,7 +323,7 @@ def _climb(ordered: Sequence[Claim], held: Mapping[str, _Held], ledger: _Ledger)
     return refused
 
 
-def _fill(stopped: Sequence[Claim], held: Mapping[str, _Held], ledger: _Ledger) -> None:
+def _fill(stopped: Sequence[Claim], held: Mapping[str, _Held], ledger: Ledger) -> None:
     """Give what is left to services that a step did not fit: any choice worth more that does."""
     gains = [
         (held[one.service].choice.value - choice.value, one.service, choice.replicas, one, choice)
@@ -302,7 +338,28 @@ def _fill(stopped: Sequence[Claim], held: Mapping[str, _Held], ledger: _Ledger) 
             held[name].rise(choice)
 
 
-def _entry(claim: Claim, at: _Held, ledger: _Ledger) -> tuple[float, str] | None:
+def _with_spare(ordered: Sequence[Claim], grants: Mapping[str, Grant], ledger: Ledger) -> dict[str, Grant]:
+    """Share out what is left, a replica each in turn; who touches no cap may have all that its spec allows."""
+    spare = dict.fromkeys(grants, 0)
+    turns: list[tuple[int, int, Claim]] = []
+    for place, one in enumerate(ordered):
+        room = max(0, one.most - grants[one.service].replicas)
+        if not ledger.limits(one):
+            spare[one.service] = room
+        elif room:
+            turns.append((0, place, one))
+    while turns:
+        count, place, one = heapq.heappop(turns)
+        if ledger.fitting(one, 1) < 1:
+            continue
+        ledger.take(one, 1)
+        spare[one.service] = count + 1
+        if grants[one.service].replicas + count + 1 < one.most:
+            heapq.heappush(turns, (count + 1, place, one))
+    return {name: replace(grant, spare=spare[name]) for name, grant in grants.items()}
+
+
+def _entry(claim: Claim, at: _Held, ledger: Ledger) -> tuple[float, str] | None:
     """The next step's value for its share of the caps, best first; ties by name, whatever the order of claims."""
     if not at.above:
         return None
@@ -315,7 +372,7 @@ def _kept(ordered: Sequence[Claim], caps: Caps, before: FleetPlan | None, value:
     """The grants of before, if they fit, hold every floor of now, and little would be gained by others."""
     if before is None or set(before.grants) != {one.service for one in ordered}:
         return None
-    ledger, total, points = _Ledger(caps), 0.0, {}
+    ledger, total, points = Ledger(caps), 0.0, {}
     for one in ordered:
         granted = before.grants[one.service].replicas
         affordable = [choice for choice in one.choices if choice.replicas <= granted]
@@ -332,6 +389,7 @@ def _kept(ordered: Sequence[Claim], caps: Caps, before: FleetPlan | None, value:
         name: replace(grant, points=points[name], status=Status.HOLD, reason=Reason.DWELL, message=text)
         for name, grant in before.grants.items()
     }
+    grants = _with_spare(ordered, grants, ledger)
     return FleetPlan(Status.HOLD, Reason.DWELL, f"grants are kept: {text}", grants, total)
 
 

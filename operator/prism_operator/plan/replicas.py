@@ -80,11 +80,14 @@ def decide(
     return replace(plan, stuck_pods=tuple(pod.name for pod in tick.stuck), out_of_traffic=away), state
 
 
-def urgent(plan: BudgetPlan, policy: ServicePolicy, since_decision_s: float) -> bool:
-    """Whether the slow loop must decide now: every class is at its floor, and the load does not fit there.
+def urgent(plan: BudgetPlan, policy: ServicePolicy, since_decision_s: float, ordered: int | None) -> bool:
+    """Whether the slow loop must decide now: every class is at its floor, and the load does not fit there; or another
+    service was granted what this one has ordered, and waits for it.
 
-    Again after a short window, for as long as that lasts: what presses may have grown since.
+    Again after a short window, for as long as the first lasts: what presses may have grown since.
     """
+    if policy.granted_replicas is not None and ordered is not None and ordered > policy.granted_replicas:
+        return True
     at_floors = all(target.point == policy.by_name(target.name).floor for target in plan.classes)
     return plan.fits is False and at_floors and since_decision_s >= policy.loop.short_window_s
 

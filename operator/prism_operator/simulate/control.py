@@ -133,7 +133,7 @@ class Prism:
         plan, self.budget = budget.decide(observation, self.demand, policy, self.budget)
         replica_plan = None
         since_s = observation.now_s - self._decided_s
-        if since_s >= policy.loop.slow_period_s or replicas.urgent(plan, policy, since_s):
+        if since_s >= policy.loop.slow_period_s or replicas.urgent(plan, policy, since_s, observation.ordered_replicas):
             self._decided_s = observation.now_s
             replica_plan, self.replicas = replicas.decide(observation, self.demand, policy, self.replicas)
         ordered = observation.ordered_replicas or 0

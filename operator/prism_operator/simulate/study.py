@@ -62,8 +62,15 @@ def run(study: Study, names: Iterable[str], seeds: Sequence[int]) -> Results:
 
 
 def play(study: Study, setting: Setting, name: str, seed: int, requests: Sequence[SimRequest]) -> Fleet:
-    """One run. Requests are copied, for a run writes into them."""
-    fleet = Fleet(
+    """One run of the policy `name`."""
+    fleet = fleet_of(study, setting, name, seed)
+    fleet.run(copied(requests), requests[-1].arrived_s + TAIL_S)
+    return fleet
+
+
+def fleet_of(study: Study, setting: Setting, name: str, seed: int) -> Fleet:
+    """The pool before its first second."""
+    return Fleet(
         study.policy,
         study.profile,
         pods=setting.fixed if starts_at_fixed(name) else study.initial,
@@ -71,9 +78,11 @@ def play(study: Study, setting: Setting, name: str, seed: int, requests: Sequenc
         controller=build(name, setting),
         world=replace(study.world, seed=seed),
     )
-    copies = [SimRequest(r.arrived_s, r.service_class, r.prompt_tokens, r.output_tokens) for r in requests]
-    fleet.run(copies, copies[-1].arrived_s + TAIL_S)
-    return fleet
+
+
+def copied(requests: Sequence[SimRequest]) -> list[SimRequest]:
+    """For a run to write into."""
+    return [SimRequest(r.arrived_s, r.service_class, r.prompt_tokens, r.output_tokens) for r in requests]
 
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}

@@ -36,6 +36,7 @@ def claims(draw: st.DrawFn, most: int = 5, priorities: bool = False) -> list[Cla
                 price_per_hour=Decimal(draw(st.sampled_from(["1", "2.5", "4"]))),
                 accelerators=draw(st.integers(1, 2)),
                 choices=choices,
+                most=choices[-1].replicas + draw(st.integers(0, 3)),
             )
         )
     return fleet_of
@@ -54,6 +55,11 @@ def _fits(claims_of: Sequence[Claim], counts: dict[str, int], caps: Caps) -> boo
 
 def _counts(plan: FleetPlan) -> dict[str, int]:
     return {name: grant.replicas for name, grant in plan.grants.items()}
+
+
+def _most(plan: FleetPlan) -> dict[str, int]:
+    """What may be ordered until the next arbitration."""
+    return {name: grant.replicas + grant.spare for name, grant in plan.grants.items()}
 
 
 def _exact(claims_of: Sequence[Claim], caps: Caps) -> float | None:
@@ -87,7 +93,7 @@ def test_under_one_cap_at_most_one_step_of_value_is_lost(claims_of: list[Claim],
 @given(claims(priorities=True), caps_of)
 def test_caps_that_are_shared_are_never_exceeded_and_every_grant_says_why(claims_of: list[Claim], caps: Caps) -> None:
     plan = fleet.arbitrate(claims_of, caps)
-    assert _fits(claims_of, _counts(plan), caps), str(plan)
+    assert _fits(claims_of, _most(plan), caps), str(plan)
     assert set(plan.grants) == {one.service for one in claims_of}
     assert plan.message
     for grant in plan.grants.values():
@@ -105,7 +111,7 @@ def test_under_two_caps_the_gap_to_the_optimum_is_small() -> None:
             counts = sorted(rng.sample(range(1, 13), 5))
             values = sorted(rng.uniform(0, 100) for _ in counts)
             choices = tuple(Choice(c, {"main": str(c)}, v) for c, v in zip(counts, values, strict=True))
-            claims_of.append(Claim(f"s{number}", 0, Decimal(rng.choice(["1", "4"])), rng.randint(1, 3), choices))
+            claims_of.append(Claim(f"s{number}", 0, Decimal(rng.choice(["1", "4"])), rng.randint(1, 3), choices, 12))
         caps = Caps(Decimal(rng.randint(40, 90)), rng.randint(30, 70))
         plan, best = fleet.arbitrate(claims_of, caps), _exact(claims_of, caps)
         if best:
@@ -155,6 +161,23 @@ def test_without_caps_everybody_gets_the_top(claims_of: list[Claim]) -> None:
     plan = fleet.arbitrate(claims_of, Caps())
     for one in claims_of:
         assert plan.grants[one.service].replicas == fleet.hull(one)[-1].replicas
+        assert _most(plan)[one.service] == one.most
+
+
+@settings(max_examples=200, deadline=None)
+@given(claims(priorities=True), caps_of)
+def test_nothing_that_a_service_may_use_is_left_idle_and_spare_goes_round(claims_of: list[Claim], caps: Caps) -> None:
+    first = fleet.arbitrate(claims_of, caps)
+    for plan in (first, fleet.arbitrate(claims_of, caps, first)):
+        if plan.unserved:
+            assert all(grant.spare == 0 for grant in plan.grants.values())
+            return
+        may = _most(plan)
+        for one in claims_of:
+            assert may[one.service] <= max(one.most, plan.grants[one.service].replicas)
+            if may[one.service] < one.most:
+                more = {**may, one.service: may[one.service] + 1}
+                assert not _fits(claims_of, more, caps), "a replica that fits is granted to nobody"
 
 
 @settings(max_examples=100, deadline=None)
@@ -167,7 +190,7 @@ def test_grants_are_kept_while_nothing_better_is_found(claims_of: list[Claim], c
 
 def _claim(name: str, priority: int = 0, **changes: object) -> Claim:
     choices = (Choice(1, {"main": "b500"}, 9.0), Choice(2, {"main": "full"}, 10.0))
-    return replace(Claim(name, priority, Decimal(1), 1, choices), **changes)  # type: ignore[arg-type]
+    return replace(Claim(name, priority, Decimal(1), 1, choices, 2), **changes)  # type: ignore[arg-type]
 
 
 def test_cap_over_a_service_without_a_price_is_refused_and_names_it() -> None:
@@ -191,6 +214,12 @@ def test_lowering_one_service_frees_replicas_for_another() -> None:
     """The move that a planner of replicas alone cannot make."""
     busy = _claim("busy", choices=(Choice(3, {"main": "b500"}, 20.0), Choice(4, {"main": "full"}, 30.0)))
     assert _counts(fleet.arbitrate([_claim("calm"), busy], Caps(accelerators=5))) == {"calm": 1, "busy": 4}
+
+
+def test_a_calm_service_may_use_what_nobody_needs_and_the_busy_one_gets_no_more_of_it() -> None:
+    calm = _claim("calm", most=9)
+    busy = _claim("busy", choices=(Choice(3, {"main": "b500"}, 20.0), Choice(4, {"main": "full"}, 30.0)), most=9)
+    assert _most(fleet.arbitrate([calm, busy], Caps(accelerators=11))) == {"calm": 4, "busy": 7}
 
 
 def test_claim_of_a_service_holds_its_load_at_every_choice() -> None:

@@ -72,7 +72,7 @@ def test_services_that_cannot_be_planned_keep_what_they_have_and_it_counts_first
     owned = _service(world, "owned", 1, ordered=2, scaling={"control": "External"}, replicas=2)
     planned = _service(world, "planned", 40)
     _arbitrate(world, per_hour=Decimal(25))
-    assert (silent.granted_replicas, owned.granted_replicas) == (None, None)
+    assert (silent.granted_replicas, owned.granted_replicas) == (4, None)
     assert planned.granted_replicas == 10 - 4 - 2
 
 
@@ -112,3 +112,14 @@ def test_lost_leadership_decides_nothing() -> None:
     Arbitration(world, Caps(Decimal(20)), Follows(), Noted()).tick()
     assert service.granted_replicas is None
     assert replace(service.policy, granted_replicas=None) == service.policy
+
+
+def test_what_one_service_is_granted_of_another_waits_until_that_one_has_given_it_up() -> None:
+    world = World()
+    calm, busy = _service(world, "calm", 1, ordered=5), _service(world, "busy", 40)
+    arbitration = Arbitration(world, Caps(Decimal("2.50") * 6), Leads(), Noted(), clock=lambda: 0.0)
+    arbitration.tick()
+    assert (calm.granted_replicas, busy.granted_replicas) == (1, 1)
+    calm.desired_replicas = 1
+    arbitration.tick()
+    assert (calm.granted_replicas, busy.granted_replicas) == (1, 5)

@@ -105,7 +105,16 @@ def test_fast_loop_hurries_an_order_while_the_load_does_not_fit_at_the_floors(
     memory = BudgetState({NAME: ClassBudgetState("b500", NOW_S - 100)})
     pods = (pod(point="b500"),)
     plan, _ = budget.decide(observation(NOW_S, pods), demand_of(policy, per_s, NOW_S), policy, memory)
-    assert replicas.urgent(plan, policy, since_s) is urgent
+    assert replicas.urgent(plan, policy, since_s, ordered=1) is urgent
+
+
+@pytest.mark.parametrize(("granted", "urgent"), [(None, False), (3, False), (2, True)])
+def test_what_another_service_waits_for_is_given_up_at_the_next_tick(granted: int | None, urgent: bool) -> None:
+    policy = replace(service_policy(), granted_replicas=granted)
+    plan, _ = budget.decide(
+        observation(NOW_S, 3), demand_of(policy, 1, NOW_S), policy, BudgetState({NAME: ClassBudgetState("full", 0.0)})
+    )
+    assert replicas.urgent(plan, policy, 1.0, ordered=3) is urgent
 
 
 def test_maximum_limits_and_is_named() -> None:
