@@ -41,6 +41,55 @@ def test_every_policy_plays_the_example_and_every_output_is_written(
     assert "http" not in html.replace("http://www.w3.org", ""), "the page needs nothing from elsewhere"
 
 
+def with_(flag: str, value: str) -> list[str]:
+    """The example's arguments with another value of one flag, or with one flag more."""
+    if flag not in EXAMPLE:
+        return [*EXAMPLE, flag, value]
+    place = EXAMPLE.index(flag) + 1
+    return [*EXAMPLE[:place], value, *EXAMPLE[place + 1 :]]
+
+
+def of_service(folder: Path, name: str) -> list[str]:
+    """The example under another name, with its trace."""
+    text = (ROOT / "examples/prismservice.yaml").read_text().replace("name: chat\n", f"name: {name}\n", 1)
+    (folder / f"{name}.yaml").write_text(text)
+    return ["--service", str(folder / f"{name}.yaml"), "--trace", EXAMPLE[1]]
+
+
+def test_services_that_share_accelerators_are_played_together_and_stay_within_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = [*of_service(tmp_path, "chat"), *of_service(tmp_path, "code"), *EXAMPLE[4:]]
+    out = ["--json", str(tmp_path / "out.json"), "--seeds", "1", "--factor", "3"]
+    most = []
+    for cap in (["--max-accelerators", "3"], []):
+        assert cli.main([*both, *cap, *out]) == 0
+        table = capsys.readouterr().out
+        assert "demo/chat" in table
+        assert "demo/code" in table
+        document = json.loads((tmp_path / "out.json").read_text())
+        assert {run["requests"] for runs in document["services"].values() for run in runs} == {3 * 105}
+        most.append(document["of"]["most_accelerators"])
+    assert most[0] <= 3 < most[1], "without the cap they would have taken more"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--service", EXAMPLE[3]], "--service is given 2 times and --trace 1 times"),
+        (["--service", EXAMPLE[3], "--trace", EXAMPLE[1]], "the same PrismService, demo/chat"),
+        (["--profile", EXAMPLE[7], "--profile", EXAMPLE[7]], "once for each of the 1 services"),
+        (["--max-accelerators", "4", "--all"], "simulate each service by itself"),
+    ],
+)
+def test_services_that_cannot_be_played_together_say_why(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*EXAMPLE, *arguments])
+    assert said in capsys.readouterr().err
+
+
 def test_the_help_names_every_policy_and_profile(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
@@ -52,17 +101,17 @@ def test_the_help_names_every_policy_and_profile(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--profile", "no-such"], "known names: h100-olmoe"),
-        (["--profile", "l4-olmoe"], "--speed-up"),
-        (["--trace", "nowhere.csv"], "cannot be read"),
-        (["--model", str(ROOT / "examples/prismservice.yaml")], "no PrismModel 'small-moe'"),
+        (with_("--profile", "no-such"), "known names: h100-olmoe"),
+        (with_("--profile", "l4-olmoe"), "--speed-up"),
+        (with_("--trace", "nowhere.csv"), "cannot be read"),
+        (with_("--model", str(ROOT / "examples/prismservice.yaml")), "no PrismModel 'small-moe'"),
     ],
 )
 def test_input_that_cannot_be_simulated_is_refused_with_what_would_work(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        cli.main([*EXAMPLE, *arguments])
+        cli.main(arguments)
     assert said in capsys.readouterr().err.replace("\n", " ")
 
 

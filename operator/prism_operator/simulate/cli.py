@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from importlib.resources import files
 from pathlib import Path
@@ -17,10 +17,13 @@ from prism_api import FULL
 from prism_api.model import PrismModelSpec
 from prism_api.profile import PointProfile, Profile
 from prism_api.service import PrismServiceSpec
+from prism_operator.plan.fleet import Caps, PriceUnknown
 from prism_operator.plan.policy import resolve
 from prism_operator.plan.types import LoopSettings, ServicePolicy, Unusable
-from prism_operator.simulate import page, report
+from prism_operator.simulate import page, report, services
 from prism_operator.simulate.policies import BASELINES, POLICIES
+from prism_operator.simulate.score import score
+from prism_operator.simulate.services import Member
 from prism_operator.simulate.study import Study, run
 from prism_operator.simulate.traces import Reading, TraceError, read
 from prism_operator.simulate.workload import SimRequest
@@ -39,6 +42,9 @@ would have made of it. Needs no cluster and no accelerator; the code that decide
               {{profiles}}
   --speed-up  if the profile has the point 'full' alone: how much faster a step is at the model's lowest point
 
+Several services that share accelerators or money: give --trace and --service once for each, in the same order, and the
+caps that the operator would have (chart values `operator.fleet`); --model and --profile once for all, or once for each.
+
 Policies:
 {chr(10).join(f"  {name:14} {text}" for name, (_, text) in POLICIES.items())}
 
@@ -46,6 +52,8 @@ Example, with the files of this repository:
   prism-operator simulate --trace examples/traces/azure2023_code_burst.csv --service examples/prismservice.yaml \\
     --model examples/prismmodel.yaml --profile runtime/prism_runtime/profiles/demo.json --start-seconds 20 \\
     --baseline replicas-only --baseline hpa --html report.html
+  prism-operator simulate --service chat.yaml --trace chat.csv --service code.yaml --trace code.csv \
+    --profile l4-olmoe --speed-up 1.5 --max-accelerators 8
 
 Read the result with care. Simulated are arrivals, batching, prefill, KV cache, pod starts and drains, and the channel
 to the operator; not the network, prefix caches, and what the governor in a pod does between two ticks of the operator.
@@ -77,8 +85,17 @@ def load_profile(name: str) -> Profile:
         raise Unfit(f"--profile {name}: {error}") from error
 
 
-def load_specs(service: Path, model: Path | None) -> tuple[PrismServiceSpec, PrismModelSpec]:
-    """The first PrismService and the PrismModel it names. Raises Unfit."""
+@dataclass(frozen=True, slots=True)
+class Specs:
+    """A PrismService by its namespace and name, and the PrismModel it names."""
+
+    name: str
+    service: PrismServiceSpec
+    model: PrismModelSpec
+
+
+def load_specs(service: Path, model: Path | None) -> Specs:
+    """The first PrismService of a file and its PrismModel. Raises Unfit."""
     documents: list[dict[str, Any]] = []
     for path in (service, *([] if model is None else [model])):
         try:
@@ -86,17 +103,18 @@ def load_specs(service: Path, model: Path | None) -> tuple[PrismServiceSpec, Pri
         except (OSError, yaml.YAMLError) as error:
             raise Unfit(f"{path}: cannot be read: {error}") from error
     try:
-        spec = next((one["spec"] for one in documents if one.get("kind") == "PrismService"), None)
-        if spec is None:
+        first = next((one for one in documents if one.get("kind") == "PrismService"), None)
+        if first is None:
             raise Unfit(f"{service}: holds no PrismService")
-        parsed = PrismServiceSpec.model_validate(spec)
+        parsed = PrismServiceSpec.model_validate(first["spec"])
         wanted = parsed.model_ref.name
         found = next(
             (one for one in documents if one.get("kind") == "PrismModel" and one["metadata"]["name"] == wanted), None
         )
         if found is None:
             raise Unfit(f"no PrismModel '{wanted}' in {service}; name the file that has it with --model")
-        return parsed, PrismModelSpec.model_validate(found["spec"])
+        named = f"{first['metadata'].get('namespace', 'default')}/{first['metadata']['name']}"
+        return Specs(named, parsed, PrismModelSpec.model_validate(found["spec"]))
     except (ValidationError, KeyError) as error:
         raise Unfit(f"{service}: {error}") from error
 
@@ -126,10 +144,10 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="prism-operator simulate", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--trace", type=Path, required=True, metavar="FILE")
-    made.add_argument("--service", type=Path, required=True, metavar="YAML")
-    made.add_argument("--model", type=Path, metavar="YAML")
-    made.add_argument("--profile", required=True, metavar="NAME|FILE")
+    made.add_argument("--trace", type=Path, action="append", required=True, metavar="FILE")
+    made.add_argument("--service", type=Path, action="append", required=True, metavar="YAML")
+    made.add_argument("--model", type=Path, action="append", metavar="YAML")
+    made.add_argument("--profile", action="append", required=True, metavar="NAME|FILE")
     made.add_argument("--speed-up", type=float, metavar="FACTOR")
     made.add_argument(
         "--baseline",
@@ -152,17 +170,41 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--longest-output", type=int, default=10**9, help="clip outputs to this many tokens")
     made.add_argument("--report-loss", type=float, default=0, help="share of pods' reports that get lost (default 0)")
     made.add_argument("--crashes-per-hour", type=float, default=0, help="crashes of one pod in an hour (default 0)")
+    made.add_argument("--max-accelerators", type=int, help="that the replicas of all services may take together")
+    made.add_argument("--max-per-hour", type=Decimal, help="what the replicas of all services may cost together")
     made.add_argument("--price", type=Decimal, help="of a replica-hour (default: pools[].pricePerHour)")
     made.add_argument("--json", type=Path, metavar="FILE", help="write every figure of every run")
     made.add_argument("--html", type=Path, metavar="FILE", help="write one page with tables and plots")
     return made
 
 
-def study(arguments: argparse.Namespace) -> Study:
-    """What the command line asks for. Raises Unfit or TraceError."""
-    spec, model = load_specs(arguments.service, arguments.model)
-    profile = fitted(load_profile(arguments.profile), model, arguments.speed_up)
-    policy = resolve(spec, model, LoopSettings(pod_ready_s=arguments.start_seconds))
+def members(arguments: argparse.Namespace) -> list[Member]:
+    """The services that the command line names, each with its load. Raises Unfit or TraceError."""
+    traces, count = arguments.trace, len(arguments.trace)
+    if len(arguments.service) != count:
+        raise Unfit(f"--service is given {len(arguments.service)} times and --trace {count} times; give one for each")
+    models, profiles = (_for_each(name, getattr(arguments, name), count) for name in ("model", "profile"))
+    made = [
+        _member(arguments, trace, load_specs(service, model), profile)
+        for trace, service, model, profile in zip(traces, arguments.service, models, profiles, strict=True)
+    ]
+    names = [member.name for member in made]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise Unfit(f"two of --service name the same PrismService, {', '.join(sorted(doubled))}; they must differ")
+    return made
+
+
+def _for_each(name: str, given: Sequence[Any] | None, count: int) -> Sequence[Any]:
+    """One value for all, or one for each. Raises Unfit."""
+    values = given or [None]
+    if len(values) not in (1, count):
+        raise Unfit(f"--{name} is given {len(values)} times; give it once, or once for each of the {count} services")
+    return values if len(values) == count else list(values) * count
+
+
+def _member(arguments: argparse.Namespace, trace: Path, specs: Specs, profile_name: str) -> Member:
+    profile = fitted(load_profile(profile_name), specs.model, arguments.speed_up)
+    policy = resolve(specs.service, specs.model, LoopSettings(pod_ready_s=arguments.start_seconds))
     if isinstance(policy, Unusable):
         raise Unfit(str(policy))
     if policy.max_replicas is None:
@@ -179,15 +221,17 @@ def study(arguments: argparse.Namespace) -> Study:
         longest_prompt=arguments.longest_prompt,
         longest_output=arguments.longest_output,
     )
-    return Study(
+    study = Study(
         policy=policy,
         profile=profile,
-        workload=lambda seed: _of_known_classes(read(arguments.trace, replace(reading, seed=seed)), policy),
+        workload=lambda seed: _of_known_classes(read(trace, replace(reading, seed=seed)), policy),
         start_median_s=arguments.start_seconds,
         start_p90_s=arguments.start_p90_seconds or arguments.start_seconds,
         initial=arguments.initial or policy.min_replicas,
         world=World(report_loss=arguments.report_loss, crashes_per_hour=arguments.crashes_per_hour),
     )
+    resource = specs.service.pool.accelerator.resource
+    return Member(specs.name, study, 0 if resource is None else resource.count)
 
 
 def _of_known_classes(requests: list[SimRequest], policy: ServicePolicy) -> list[SimRequest]:
@@ -202,16 +246,25 @@ def _of_known_classes(requests: list[SimRequest], policy: ServicePolicy) -> list
 def main(argv: Sequence[str] | None = None) -> int:
     made = parser()
     arguments = made.parse_args(argv)
+    caps = Caps(arguments.max_per_hour, arguments.max_accelerators)
     try:
-        asked = study(arguments)
-        names = BASELINES if arguments.all else tuple(arguments.baseline or ("replicas-only", "hpa"))
-        results = run(asked, names, range(arguments.seeds))
-    except (Unfit, TraceError) as error:
+        asked = members(arguments)
+        if len(asked) > 1 or caps != Caps():
+            return _together(arguments, asked, caps)
+        return _alone(arguments, asked[0].study)
+    except (Unfit, TraceError, PriceUnknown) as error:
         made.error(str(error))
+
+
+def _alone(arguments: argparse.Namespace, asked: Study) -> int:
+    """One service, beside what could be used instead."""
+    names = BASELINES if arguments.all else tuple(arguments.baseline or ("replicas-only", "hpa"))
+    results = run(asked, names, range(arguments.seeds))
     print(report.table(results))
+    trace = arguments.trace[0].name
     first = results.scores["prism"][0]
     facts = {
-        "trace": arguments.trace.name,
+        "trace": trace,
         "requests": first.requests,
         "seconds": round(first.seconds),
         "seeds": arguments.seeds,
@@ -221,7 +274,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json is not None:
         arguments.json.write_text(report.as_json(results, facts))
     if arguments.html is not None:
-        arguments.html.write_text(page.page(results, asked.policy, f"Simulation of {arguments.trace.name}", facts))
+        arguments.html.write_text(page.page(results, asked.policy, f"Simulation of {trace}", facts))
+    return 0
+
+
+def _together(arguments: argparse.Namespace, asked: Sequence[Member], caps: Caps) -> int:
+    """Several services, or one under the fleet's caps, each under Prism. Raises Unfit for what tells of one alone."""
+    for flag in ("baseline", "all", "html"):
+        if getattr(arguments, flag):
+            raise Unfit(f"--{flag} compares policies for one service; leave it out, or simulate each service by itself")
+    runs = [services.play(asked, caps, seed) for seed in range(arguments.seeds)]
+    scores = {
+        member.name: [score(taken.fleets[place], "prism", seed) for seed, taken in enumerate(runs)]
+        for place, member in enumerate(asked)
+    }
+    print(report.services_table(scores))
+    accelerators, cost = max(one.most_accelerators for one in runs), max(one.most_per_hour for one in runs)
+    print(f"at one time ordered at most: {accelerators} accelerators, {cost:.2f} an hour")
+    if arguments.json is not None:
+        facts = {
+            "traces": [trace.name for trace in arguments.trace],
+            "max_accelerators": caps.accelerators,
+            "max_per_hour": None if caps.per_hour is None else str(caps.per_hour),
+            "most_accelerators": accelerators,
+            "most_per_hour": cost,
+        }
+        arguments.json.write_text(report.services_json(scores, facts))
     return 0
 
 

@@ -62,8 +62,16 @@ def table(results: Results) -> str:
     """Means over seeds, one policy a line, best attainment first; a star marks what dominates prism."""
     better = dominating(results.scores)
     order = sorted(results.scores, key=lambda name: -statistics.fmean(s.attainment for s in results.scores[name]))
-    rows = [["policy", *(column.title for column in COLUMNS)]]
-    rows += [[f"{name}*" if name in better else name, *cells(results.scores[name])] for name in order]
+    return _lines("policy", [(f"{name}*" if name in better else name, results.scores[name]) for name in order])
+
+
+def services_table(scores: Mapping[str, Sequence[Score]]) -> str:
+    """Means over seeds, one service a line."""
+    return _lines("service", list(scores.items()))
+
+
+def _lines(heading: str, of: Sequence[tuple[str, Sequence[Score]]]) -> str:
+    rows = [[heading, *(column.title for column in COLUMNS)], *([name, *cells(runs)] for name, runs in of)]
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     lines = []
     for number, row in enumerate(rows):
@@ -90,3 +98,9 @@ def as_json(results: Results, what: Mapping[str, object]) -> str:
         "runs": [asdict(run) for runs in results.scores.values() for run in runs],
     }
     return json.dumps(document, indent=1)
+
+
+def services_json(scores: Mapping[str, Sequence[Score]], what: Mapping[str, object]) -> str:
+    """Every run of every service; `what` says of what."""
+    runs = {name: [asdict(one) for one in taken] for name, taken in scores.items()}
+    return json.dumps({"of": dict(what), "services": runs}, indent=1)

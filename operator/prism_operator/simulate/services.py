@@ -6,7 +6,6 @@ Each is a pool of its own with its own load under Prism; what connects them is t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 
 from prism_operator.plan import sharing
 from prism_operator.plan.fleet import Caps, FleetPlan
@@ -41,12 +40,21 @@ class Together:
     @property
     def most_accelerators(self) -> int:
         """Of all replicas that were ordered at one time, whether ready or not; draining pods not counted."""
-        by_second = zip_longest(*(fleet.samples for fleet in self.fleets))
-        sums = [
-            sum(member.accelerators * sample.provisioned for member, sample in zip(self.members, samples, strict=True))
+        return round(self._most([float(member.accelerators) for member in self.members]))
+
+    @property
+    def most_per_hour(self) -> float:
+        """What these replicas cost; a service without a price counts nothing."""
+        return self._most([float(member.study.policy.price_per_hour or 0) for member in self.members])
+
+    def _most(self, weights: Sequence[float]) -> float:
+        """The largest sum over services at one time of replicas by weight."""
+        by_second = zip(*(fleet.samples for fleet in self.fleets), strict=True)
+        sums = (
+            sum(weight * sample.provisioned for weight, sample in zip(weights, samples, strict=True))
             for samples in by_second
-        ]
-        return max(sums, default=0)
+        )
+        return max(sums, default=0.0)
 
 
 def play(members: Sequence[Member], caps: Caps, seed: int) -> Together:
