@@ -19,17 +19,48 @@ class ScalingControl(StrEnum):
     FIXED = "Fixed"
 
 
-class Stabilization(Document):
+class PolicyType(StrEnum):
+    PODS = "Pods"
+    PERCENT = "Percent"
+
+
+class SelectPolicy(StrEnum):
+    MAX = "Max"
+    MIN = "Min"
+    DISABLED = "Disabled"
+
+
+class ScalingPolicy(Document):
+    """A limit on how much the count changes within a period."""
+
+    type: PolicyType = Field(description="`Pods`: a number of replicas. `Percent`: of those at the period's beginning.")
+    value: Annotated[int, Field(ge=1, le=1000)] = Field(description="Most that may be added or removed in a period.")
+    period_seconds: Annotated[int, Field(ge=1, le=1800)] = Field(description="The period, looking back from now.")
+
+
+class Direction(Document):
+    """How the count moves one way."""
+
     stabilization_window_seconds: Annotated[int, Field(ge=0, le=3600)] | None = Field(
         None, description="Recommendations of this window are combined; 30 up and 300 down if not set."
+    )
+    select_policy: SelectPolicy | None = Field(
+        None,
+        description="Of several policies, the one that allows the largest change (`Max`, if not set) or the smallest "
+        "(`Min`); `Disabled` never moves this way, other than into new bounds.",
+    )
+    policies: Annotated[list[ScalingPolicy], Field(max_length=4)] = Field(
+        default_factory=list,
+        description="Limits on the pace. If empty, nothing but `maxStep` limits the way up, and one replica goes in "
+        "120 seconds on the way down. A decision removes one replica at most, whatever they allow.",
     )
 
 
 class Behavior(Document):
     """The shape of autoscaling/v2 behavior."""
 
-    scale_up: Stabilization = block(Stabilization, "Scaling up.")
-    scale_down: Stabilization = block(Stabilization, "Scaling down.")
+    scale_up: Direction = block(Direction, "Scaling up.")
+    scale_down: Direction = block(Direction, "Scaling down.")
 
 
 class Reserve(StrEnum):
@@ -151,7 +182,7 @@ class Scaling(Document):
         "make, `Mixed` half and half.",
     )
     forecast: Forecast = block(Forecast, "Planning for the load at the time when new replicas are ready.")
-    behavior: Behavior = block(Behavior, "Stabilization windows.")
+    behavior: Behavior = block(Behavior, "Stabilization windows, and limits on the pace.")
     idle: Idle = block(Idle, "Scale to zero.")
     schedules: list[Schedule] = named_list(
         "Bounds by time of day; of several that apply the first one counts.", default_factory=list, max_length=16

@@ -12,16 +12,18 @@ Pods that are ordered and still start are part of what is ordered, so nothing is
 a higher ask than the one they answer adds more. A pod that starts for too long is reported and no longer waited for. It
 is not replaced by ordering one more: a replica of the same template would most likely fail alike, up to the maximum.
 
-Each count is cut, in this order, by the schedule's or the spec's bounds, the cost cap, the fleet's grant, and the step
-cap; what cut is named. A service that may be put to zero is, once it was idle for long enough, and sleeps until it is
-woken or a schedule asks for it.
+Each count is cut, in this order, by the schedule's or the spec's bounds, the cost cap, the fleet's grant, the step cap
+and the policies of `scaling.behavior`; what cut is named. A service that may be put to zero is, once it was idle for
+long enough, and sleeps until it is woken or a schedule asks for it.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from prism_api.scaling import ScalingControl
-from prism_operator.plan import demand, need, recommendation, rehearsal, schedule
+from prism_api.effective import ScalingRule, ScalingRules
+from prism_api.scaling import PolicyType, ScalingControl
+from prism_operator.plan import behavior, demand, need, recommendation, rehearsal, schedule
+from prism_operator.plan.behavior import Move
 from prism_operator.plan.limits import Limits, limits
 from prism_operator.plan.need import Ask
 from prism_operator.plan.recommendation import Recommendation
@@ -76,6 +78,7 @@ def decide(
         plan, state = _managed(tick, state)
     elif policy.scaling is not ScalingControl.MANAGED or policy.paused or policy.advisory:
         state = replace(state, rehearsal=None)
+    state = replace(state, moves=_moves(tick, plan, state))
     away = (state.rehearsal.uid,) if state.rehearsal is not None else ()
     return replace(plan, stuck_pods=tuple(pod.name for pod in tick.stuck), out_of_traffic=away), state
 
@@ -179,6 +182,14 @@ class _Tick:
         )
 
 
+def _moves(tick: _Tick, plan: ReplicaPlan, state: ReplicaState) -> tuple[Move, ...]:
+    now_s, ordered = tick.observation.now_s, tick.observation.ordered_replicas
+    moves = behavior.remembered(state.moves, now_s)
+    if ordered is None or plan.replicas == ordered or tick.policy.scaling is not ScalingControl.MANAGED:
+        return moves
+    return (*moves, Move(now_s, plan.replicas - ordered))
+
+
 def _owned_elsewhere(tick: _Tick) -> ReplicaPlan | None:
     """Paused, Advisory, External and Fixed: the count is given; the recommendation is only published."""
     policy, ordered = tick.policy, tick.observation.ordered_replicas
@@ -258,6 +269,11 @@ def _up(tick: _Tick, asked: int, cut: Reason | None, state: ReplicaState) -> tup
         text = f"{tick.starting} pods start for this already, expected ready {tick.ready_s:.0f} s after creation"
         return tick.hold(Status.HOLD, Reason.IN_FLIGHT, text), state
     granted = min(lasting, tick.ordered + policy.effective.max_step)
+    most = behavior.most(policy.effective.rules_up, tick.ordered, state.moves, now_s)
+    if most is not None and most <= tick.ordered:
+        rejected = f"{wanted}: scaling.behavior.scaleUp allows no more yet"
+        return tick.hold(Status.BLOCKED, Reason.STEP_CAP, rejected=rejected), state
+    granted = granted if most is None else min(granted, most)
     rejected = f"{asked}: {granted - tick.ordered} more at this tick" if granted < asked else ""
     plan = tick.order(Reason.DEMAND, granted, f"from {tick.ordered}", rejected)
     return replace(plan, limited_by=Reason.STEP_CAP if granted < lasting else cut), replace(state, ordered_for=lasting)
@@ -276,8 +292,9 @@ def _down(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
     keep = tick.limits.clamp(recommendation.kept(state.recommendations))[0]
     if keep >= tick.ordered:
         return wait(f"the down window saw a need of {keep}")
-    if state.lowered_s is not None and now_s - state.lowered_s < policy.loop.down_period_s:
-        return wait(f"one pod less each {policy.loop.down_period_s:.0f} s")
+    least = behavior.least(_rules_down(policy), tick.ordered, state.moves, now_s)
+    if least is not None and least > fewer:
+        return wait("scaling.behavior.scaleDown allows no fewer yet")
     if policy.loop.rehearsal_s > 0 and fewer > 0:
         if state.rehearsal is None:
             return _begin_rehearsal(tick, state)
@@ -288,7 +305,13 @@ def _down(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
         state = replace(state, rehearsal=replace(state.rehearsal, passed=True))
     reason = Reason.DEMAND if fewer else Reason.IDLE
     text = f"from {tick.ordered}, need of the down window {keep}"
-    return tick.order(reason, fewer, text), replace(state, lowered_s=now_s, ordered_for=None)
+    return tick.order(reason, fewer, text), replace(state, ordered_for=None)
+
+
+def _rules_down(policy: ServicePolicy) -> ScalingRules:
+    """The spec's, or one replica in each down period."""
+    rules, built_in = policy.effective.rules_down, ScalingRule(PolicyType.PODS, 1, policy.loop.down_period_s)
+    return rules if rules.policies else replace(rules, policies=(built_in,))
 
 
 def _begin_rehearsal(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:

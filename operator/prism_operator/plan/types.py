@@ -15,6 +15,7 @@ from prism_api.points import Ladder
 from prism_api.profile import Profile
 from prism_api.scaling import ScalingControl, Schedule
 from prism_api.service import Brownout, BudgetControl, OnCap
+from prism_operator.plan.behavior import Move
 from prism_operator.plan.forecast import ForecastState
 from prism_operator.plan.loop_settings import LoopSettings
 from prism_operator.plan.reasons import Reason, Status
@@ -408,8 +409,8 @@ class ReplicaState:
     recommendations: tuple[Recommendation, ...] = ()
     ordered_for: int | None = None
     """Recommendation that the last scale-up answered: only a higher one may add to it while pods start."""
-    lowered_s: float | None = None
-    """When the last scale-down was ordered."""
+    moves: tuple[Move, ...] = ()
+    """What was ordered lately, for limits on the pace."""
     forecasts: Mapping[str, ForecastState] = field(default_factory=dict)
     """By class; empty with forecasts off."""
     surprises: Mapping[str, SurpriseState] = field(default_factory=dict)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from prism_api.effective import effective
+from prism_api.effective import ScalingRule, ScalingRules, effective
 from prism_api.profile import PointProfile
+from prism_api.scaling import PolicyType, SelectPolicy
 from prism_api.service import PrismServiceSpec
 from tests.cluster.invalid_manifests import prism_service
 
@@ -36,6 +37,14 @@ def test_a_field_of_the_service_wins_even_if_it_is_zero(
     path: str, value: object, setting: str, expected: object
 ) -> None:
     assert getattr(effective(spec(**{f"spec.{path}": value})), setting) == expected
+
+
+def test_scaling_policies_are_taken_over_and_the_largest_change_counts_unless_the_spec_says_otherwise() -> None:
+    up = "spec.scaling.behavior.scaleUp"
+    assert effective(spec()).rules_up == ScalingRules((), SelectPolicy.MAX)
+    rule = {"type": "Percent", "value": 50, "periodSeconds": 60}
+    rules = effective(spec(**{f"{up}.policies": [rule], f"{up}.selectPolicy": "Min"})).rules_up
+    assert rules == ScalingRules((ScalingRule(PolicyType.PERCENT, 50, 60.0),), SelectPolicy.MIN)
 
 
 @pytest.mark.parametrize(("edits", "learned"), [({}, True), ({"spec.scaling.headroom": "0.10"}, False)])
