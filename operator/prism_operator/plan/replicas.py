@@ -20,8 +20,7 @@ long enough, and sleeps until it is woken or a schedule asks for it.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from prism_api.effective import ScalingRule, ScalingRules
-from prism_api.scaling import PolicyType, ScalingControl
+from prism_api.scaling import ScalingControl
 from prism_operator.plan import behavior, demand, need, recommendation, rehearsal, schedule
 from prism_operator.plan.behavior import Move
 from prism_operator.plan.limits import Limits, limits
@@ -292,9 +291,14 @@ def _down(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
     keep = tick.limits.clamp(recommendation.kept(state.recommendations))[0]
     if keep >= tick.ordered:
         return wait(f"the down window saw a need of {keep}")
-    least = behavior.least(_rules_down(policy), tick.ordered, state.moves, now_s)
+    rules = policy.effective.rules_down
+    least = behavior.least(rules, tick.ordered, state.moves, now_s)
     if least is not None and least > fewer:
         return wait("scaling.behavior.scaleDown allows no fewer yet")
+    if not rules.policies and any(
+        move.by < 0 and now_s - move.at_s < policy.loop.down_period_s for move in state.moves
+    ):
+        return wait(f"one pod less each {policy.loop.down_period_s:.0f} s")
     if policy.loop.rehearsal_s > 0 and fewer > 0:
         if state.rehearsal is None:
             return _begin_rehearsal(tick, state)
@@ -306,12 +310,6 @@ def _down(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
     reason = Reason.DEMAND if fewer else Reason.IDLE
     text = f"from {tick.ordered}, need of the down window {keep}"
     return tick.order(reason, fewer, text), replace(state, ordered_for=None)
-
-
-def _rules_down(policy: ServicePolicy) -> ScalingRules:
-    """The spec's, or one replica in each down period."""
-    rules, built_in = policy.effective.rules_down, ScalingRule(PolicyType.PODS, 1, policy.loop.down_period_s)
-    return rules if rules.policies else replace(rules, policies=(built_in,))
 
 
 def _begin_rehearsal(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
