@@ -1,27 +1,10 @@
 """Settings after defaults: a field that a policy may also set has no schema default; its built-in value is here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 
-from prism_api.scaling import Direction, ForecastMethod, PolicyType, Reserve, SelectPolicy, Switch
+from prism_api.scaling import Direction, ForecastMethod, Reserve, Switch
 from prism_api.service import PrismServiceSpec
-
-
-@dataclass(frozen=True, slots=True)
-class ScalingRule:
-    """A limit on the change of the count within `period_s`: of replicas, or per cent."""
-
-    type: PolicyType
-    value: int
-    period_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ScalingRules:
-    """The limits of one direction, and which of them counts. None of them: nothing limits the pace."""
-
-    policies: tuple[ScalingRule, ...] = ()
-    select: SelectPolicy = SelectPolicy.MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +23,8 @@ class EffectiveSettings:
     forecast: ForecastMethod = ForecastMethod.AUTO
     forecast_horizon_s: int = 0
     """0: the time until a new pod is ready, as measured."""
-    rules_up: ScalingRules = ScalingRules()
-    rules_down: ScalingRules = ScalingRules()
+    pace_up: Direction = field(default_factory=Direction)
+    pace_down: Direction = field(default_factory=Direction)
 
 
 def effective(spec: PrismServiceSpec) -> EffectiveSettings:
@@ -64,11 +47,6 @@ def effective(spec: PrismServiceSpec) -> EffectiveSettings:
         reserve=scaling.reserve,
         forecast=scaling.forecast.method,
         forecast_horizon_s=scaling.forecast.horizon_seconds,
-        rules_up=_rules(scaling.behavior.scale_up),
-        rules_down=_rules(scaling.behavior.scale_down),
+        pace_up=scaling.behavior.scale_up,
+        pace_down=scaling.behavior.scale_down,
     )
-
-
-def _rules(direction: Direction) -> ScalingRules:
-    policies = (ScalingRule(one.type, one.value, float(one.period_seconds)) for one in direction.policies)
-    return ScalingRules(tuple(policies), direction.select_policy or SelectPolicy.MAX)

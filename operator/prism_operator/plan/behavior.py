@@ -1,9 +1,8 @@
 """How fast a count may move: the scaling policies of autoscaling/v2, over the moves that were ordered lately.
 
-    added, removed   replicas ordered more and fewer within the policy's period
-    start            count at the beginning of the period: now - added + removed
-    up               start + value, or start * (1 + value/100), rounded up
-    down             start - value, or start * (1 - value/100), rounded down
+    start    count at the beginning of a policy's period: the count now, less what was added, plus what was removed
+    change   what the policy allows in its period: a number of replicas, or a share of the start, rounded up
+    room     how far the count may still go from where it is: to the start and the change beyond it
 
 As the HPA has it (Kubernetes documentation, "Horizontal Pod Autoscaling", scaling policies): of several policies the
 one that allows the largest change counts, unless `selectPolicy` says otherwise.
@@ -13,10 +12,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from prism_api.effective import ScalingRules
-from prism_api.scaling import PolicyType, SelectPolicy
+from prism_api.scaling import Direction, PolicyType, ScalingPolicy, SelectPolicy
 
 LONGEST_PERIOD_S = 1800.0
+UP, DOWN = 1, -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,31 +31,17 @@ def remembered(moves: Iterable[Move], now_s: float) -> tuple[Move, ...]:
     return tuple(move for move in moves if now_s - move.at_s < LONGEST_PERIOD_S)
 
 
-def most(rules: ScalingRules, ordered: int, moves: Sequence[Move], now_s: float) -> int | None:
-    """Most replicas that may be ordered now; None where nothing limits the way up."""
-    if rules.select is SelectPolicy.DISABLED:
-        return ordered
-    found = []
-    for rule in rules.policies:
-        start = _start(rule.period_s, ordered, moves, now_s)
-        found.append(start + rule.value if rule.type is PolicyType.PODS else math.ceil(start * (1 + rule.value / 100)))
-    if not found:
+def room(pace: Direction, way: int, ordered: int, moves: Sequence[Move], now_s: float) -> int | None:
+    """Replicas that may be added (`UP`) or removed (`DOWN`) now; None where nothing limits that."""
+    if pace.select_policy is SelectPolicy.DISABLED:
+        return 0
+    rooms = [_room(policy, way, ordered, moves, now_s) for policy in pace.policies]
+    if not rooms:
         return None
-    return max(ordered, min(found) if rules.select is SelectPolicy.MIN else max(found))
+    return max(0, min(rooms) if pace.select_policy is SelectPolicy.MIN else max(rooms))
 
 
-def least(rules: ScalingRules, ordered: int, moves: Sequence[Move], now_s: float) -> int | None:
-    """Fewest replicas that may be ordered now; None where nothing limits the way down."""
-    if rules.select is SelectPolicy.DISABLED:
-        return ordered
-    found = []
-    for rule in rules.policies:
-        start = _start(rule.period_s, ordered, moves, now_s)
-        found.append(start - rule.value if rule.type is PolicyType.PODS else math.floor(start * (1 - rule.value / 100)))
-    if not found:
-        return None
-    return min(ordered, max(found) if rules.select is SelectPolicy.MIN else min(found))
-
-
-def _start(period_s: float, ordered: int, moves: Sequence[Move], now_s: float) -> int:
-    return ordered - sum(move.by for move in moves if now_s - move.at_s < period_s)
+def _room(policy: ScalingPolicy, way: int, ordered: int, moves: Sequence[Move], now_s: float) -> int:
+    moved = sum(move.by for move in moves if now_s - move.at_s < policy.period_seconds)
+    change = policy.value if policy.type is PolicyType.PODS else math.ceil((ordered - moved) * policy.value / 100)
+    return change - way * moved

@@ -268,11 +268,11 @@ def _up(tick: _Tick, asked: int, cut: Reason | None, state: ReplicaState) -> tup
         text = f"{tick.starting} pods start for this already, expected ready {tick.ready_s:.0f} s after creation"
         return tick.hold(Status.HOLD, Reason.IN_FLIGHT, text), state
     granted = min(lasting, tick.ordered + policy.effective.max_step)
-    most = behavior.most(policy.effective.rules_up, tick.ordered, state.moves, now_s)
-    if most is not None and most <= tick.ordered:
+    room = behavior.room(policy.effective.pace_up, behavior.UP, tick.ordered, state.moves, now_s)
+    if room == 0:
         rejected = f"{wanted}: scaling.behavior.scaleUp allows no more yet"
         return tick.hold(Status.BLOCKED, Reason.STEP_CAP, rejected=rejected), state
-    granted = granted if most is None else min(granted, most)
+    granted = granted if room is None else min(granted, tick.ordered + room)
     rejected = f"{asked}: {granted - tick.ordered} more at this tick" if granted < asked else ""
     plan = tick.order(Reason.DEMAND, granted, f"from {tick.ordered}", rejected)
     return replace(plan, limited_by=Reason.STEP_CAP if granted < lasting else cut), replace(state, ordered_for=lasting)
@@ -291,14 +291,11 @@ def _down(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
     keep = tick.limits.clamp(recommendation.kept(state.recommendations))[0]
     if keep >= tick.ordered:
         return wait(f"the down window saw a need of {keep}")
-    rules = policy.effective.rules_down
-    least = behavior.least(rules, tick.ordered, state.moves, now_s)
-    if least is not None and least > fewer:
+    pace, period_s = policy.effective.pace_down, policy.loop.down_period_s
+    if behavior.room(pace, behavior.DOWN, tick.ordered, state.moves, now_s) == 0:
         return wait("scaling.behavior.scaleDown allows no fewer yet")
-    if not rules.policies and any(
-        move.by < 0 and now_s - move.at_s < policy.loop.down_period_s for move in state.moves
-    ):
-        return wait(f"one pod less each {policy.loop.down_period_s:.0f} s")
+    if not pace.policies and any(move.by < 0 and now_s - move.at_s < period_s for move in state.moves):
+        return wait(f"one pod less each {period_s:.0f} s")
     if policy.loop.rehearsal_s > 0 and fewer > 0:
         if state.rehearsal is None:
             return _begin_rehearsal(tick, state)

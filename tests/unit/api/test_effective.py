@@ -2,9 +2,9 @@
 
 import pytest
 
-from prism_api.effective import ScalingRule, ScalingRules, effective
+from prism_api.effective import effective
 from prism_api.profile import PointProfile
-from prism_api.scaling import PolicyType, SelectPolicy
+from prism_api.scaling import Direction, PolicyType, SelectPolicy
 from prism_api.service import PrismServiceSpec
 from tests.cluster.invalid_manifests import prism_service
 
@@ -39,12 +39,13 @@ def test_a_field_of_the_service_wins_even_if_it_is_zero(
     assert getattr(effective(spec(**{f"spec.{path}": value})), setting) == expected
 
 
-def test_scaling_policies_are_taken_over_and_the_largest_change_counts_unless_the_spec_says_otherwise() -> None:
+def test_scaling_policies_are_taken_over() -> None:
     up = "spec.scaling.behavior.scaleUp"
-    assert effective(spec()).rules_up == ScalingRules((), SelectPolicy.MAX)
-    rule = {"type": "Percent", "value": 50, "periodSeconds": 60}
-    rules = effective(spec(**{f"{up}.policies": [rule], f"{up}.selectPolicy": "Min"})).rules_up
-    assert rules == ScalingRules((ScalingRule(PolicyType.PERCENT, 50, 60.0),), SelectPolicy.MIN)
+    assert effective(spec()).pace_up == Direction()
+    policy = {"type": "Percent", "value": 50, "periodSeconds": 60}
+    pace = effective(spec(**{f"{up}.policies": [policy], f"{up}.selectPolicy": "Min"})).pace_up
+    assert pace.select_policy is SelectPolicy.MIN
+    assert [(one.type, one.value, one.period_seconds) for one in pace.policies] == [(PolicyType.PERCENT, 50, 60)]
 
 
 @pytest.mark.parametrize(("edits", "learned"), [({}, True), ({"spec.scaling.headroom": "0.10"}, False)])

@@ -5,20 +5,19 @@ from typing import Any
 
 import pytest
 
-from prism_api.effective import ScalingRule, ScalingRules
-from prism_api.scaling import PolicyType, SelectPolicy
+from prism_api.scaling import Direction, PolicyType, ScalingPolicy, SelectPolicy
 from prism_operator.plan import behavior, replicas
 from prism_operator.plan.behavior import Move
 from prism_operator.plan.types import Reason, ReplicaPlan, ReplicaState, ServicePolicy, Status
 from tests.unit.plan.factories import demand_of, observation, service_policy
 
 NOW_S = 10_000.0
-PODS_2 = ScalingRule(PolicyType.PODS, 2, 60.0)
-HALF = ScalingRule(PolicyType.PERCENT, 50, 60.0)
+PODS_2 = ScalingPolicy(type=PolicyType.PODS, value=2, period_seconds=60)
+HALF = ScalingPolicy(type=PolicyType.PERCENT, value=50, period_seconds=60)
 
 
-def rules(*policies: ScalingRule, select: SelectPolicy = SelectPolicy.MAX) -> ScalingRules:
-    return ScalingRules(policies, select)
+def rules(*policies: ScalingPolicy, select: SelectPolicy | None = None) -> Direction:
+    return Direction(policies=list(policies), select_policy=select)
 
 
 @pytest.mark.parametrize(
@@ -39,10 +38,10 @@ def rules(*policies: ScalingRule, select: SelectPolicy = SelectPolicy.MAX) -> Sc
     ],
 )
 def test_a_count_of_ten_may_move_as_far_as_the_policies_allow_from_where_their_period_began(
-    given: ScalingRules, moves: tuple[Move, ...], most: int | None, least: int | None
+    given: Direction, moves: tuple[Move, ...], most: int | None, least: int | None
 ) -> None:
-    assert behavior.most(given, 10, moves, NOW_S) == most
-    assert behavior.least(given, 10, moves, NOW_S) == least
+    up, down = (behavior.room(given, way, 10, moves, NOW_S) for way in (behavior.UP, behavior.DOWN))
+    assert (None if up is None else 10 + up, None if down is None else 10 - down) == (most, least)
 
 
 def test_moves_are_forgotten_after_the_longest_period() -> None:
