@@ -19,8 +19,7 @@ from asyncio.subprocess import PIPE, Process
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from random import Random
 
 import aiohttp
@@ -50,9 +49,7 @@ from prism_runtime.engine.batching import POLICIES
 from prism_runtime.engine.engine import Engine
 from prism_runtime.engine.governor import CLASS_SLOTS
 from prism_runtime.engine.pace import Pacer, load_profile
-from prism_runtime.engine.prefix_cache import BLOCK_TOKENS
-from prism_runtime.server.app import ServingProcess
-from prism_runtime.server.settings import ServeSettings, add_serve_flags
+from tests.runtime.serving.process import serving
 
 ARTIFACT = ROOT / "examples" / "model" / "artifact"
 PACE = "demo"
@@ -143,29 +140,12 @@ async def serve(policy: str) -> None:
         policy=policy,
     )
     engine.costs.take(profile)
-    parser = argparse.ArgumentParser()
-    add_serve_flags(parser, Path("unused"))
-    flags = ["artifact", "--port", "0", "--metrics-port", "0", "--drain-grace", "0", "--drain-seconds", "5"]
-    ports: asyncio.Future[dict[str, int]] = asyncio.get_running_loop().create_future()
-    process = ServingProcess(
-        engine,
-        replace(ServeSettings.of(parser.parse_args(flags)), no_profile=True, class_header=CLASS_HEADER),
-        model_digest="sha256:" + "0" * 64,
-        eos_token_ids=frozenset(),
-        block_tokens=BLOCK_TOKENS,
-        profile=profile,
-        pacer=Pacer(profile, engine.ladder),
-        started_s=time.monotonic(),
-        announce=ports.set_result,
-    )
-    task = asyncio.create_task(process.run(handle_signals=False))
-    opened = await ports
-    process.engine_loop.apply(directive(paced_pod()))
-    process.accounting.follow(process.engine_loop.classes)
-    print(json.dumps(opened), flush=True)
-    await asyncio.to_thread(sys.stdin.read)
-    process.stop(grace_s=0.0)
-    await task
+    pacer = Pacer(profile, engine.ladder)
+    async with serving(engine, profile=profile, pacer=pacer, no_profile=True, class_header=CLASS_HEADER) as served:
+        served.process.engine_loop.apply(directive(paced_pod()))
+        served.process.accounting.follow(served.process.engine_loop.classes)
+        print(json.dumps(served.ports), flush=True)
+        await asyncio.to_thread(sys.stdin.read)
 
 
 @asynccontextmanager
