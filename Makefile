@@ -121,7 +121,7 @@ evidence-runtime: install ## Re-take every figure of evidence/runtime.json: CPU 
 	$(BIN)/python -m evidence.runtime $(ARGS)
 
 .PHONY: evidence-planner
-evidence-planner: install ## Re-take every figure of evidence/planner.json: simulations, half an hour of one core
+evidence-planner: install ## Re-take every figure of evidence/planner.json: simulations, two hours of one core
 	$(BIN)/python -m evidence.planner $(ARGS)
 
 .PHONY: evidence-planner-cluster
