@@ -2,8 +2,9 @@
 
 Observed mean time per output token over the predicted one, wherever the prediction is good: one point per class in the
 window, enough requests, utilisation at most 0.7 (by the profile; beyond it the closed form is off, and a profile that
-is too optimistic believes itself below), outputs long enough that one prompt which is read beside a request hardly
-shows in its mean: else the figure tells of coincidences. The factor moves slowly and says nothing about single points.
+is too optimistic believes itself below), a load whose peaks fitted too (the prediction is of the mean load, and a burst
+that filled the pool is another one), outputs long enough that one prompt which is read beside a request hardly shows in
+its mean: else the figure tells of coincidences. The factor moves slowly and says nothing about single points.
 """
 
 import math
@@ -29,9 +30,10 @@ DISTURBED = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One class's traffic in the long window."""
+    """One class's traffic in the long window; `peak_per_s`: the largest rate that pressed in it."""
 
     load: ClassLoad
+    peak_per_s: float
     seen: ClassDelta
 
 
@@ -81,6 +83,9 @@ def _ratio(evidence: list[Evidence], observation: Observation, loop: LoopSetting
     idle_s = capacity.time_per_token_s([replace(load, per_s=1e-9) for load in loads], points, profile, ready)
     predicted_s = capacity.time_per_token_s(loads, points, profile, ready)
     if not idle_s or not predicted_s or 1 - idle_s / predicted_s > TRUSTED_UTILISATION:
+        return None
+    peaks = capacity.replicas_for([replace(one.load, per_s=one.peak_per_s) for one in evidence], points, profile)
+    if peaks is None or peaks > ready:
         return None
     if any(_disturbed(one.load, points[one.load.policy.name], profile, predicted_s) for one in evidence):
         return None

@@ -10,9 +10,14 @@ requests that arrived in it fit into w + D seconds: A <= C * (w + D) (the delay 
 IEEE Trans. Inf. Theory 37(1), 1991). So the pressing rate is the largest A / (w + D): a burst counts for what it makes
 others wait, noise that nobody would notice does not, and a burst is forgotten once a pool of that capacity would be
 done with it. No threshold says what a burst is.
+
+A decision stands until the next one, T later, so the windows that end then count as well: (A + a) / (w + T + D), with
+a what surely still comes: the arrivals of the last tick less two standard deviations of such a count (Poisson). Of a
+burst that is building up it is nearly all, of the noise of a steady load nearly nothing.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,6 +40,8 @@ COARSE_S = 10.0
 """Width of the sums that keep history older than the long window, and period of the profile's correction."""
 WIDEST_LONG_WINDOWS = 10
 """A sparse class's long window widens to this many long windows (60 s to 600 s)."""
+SURE_DEVIATIONS = 2.0
+"""Of a count's standard deviations, taken off what is counted on to come next: wrong for one count in forty."""
 _TICK_TOLERANCE_S = 1e-6
 
 
@@ -94,7 +101,9 @@ def _evidence(state: DemandState, policy: ServicePolicy) -> list[Evidence]:
         rate = long_rate(state, class_policy.name, policy)
         typical = mean_lengths(state, class_policy.name)
         if seen.arrived and rate is not None and typical is not None:
-            evidence.append(Evidence(ClassLoad(class_policy, rate.per_s, typical), seen))
+            peak = peak_rate(state, class_policy.name, policy, policy.loop.long_window_s)
+            peak_per_s = rate.per_s if peak is None else max(rate.per_s, peak.per_s)
+            evidence.append(Evidence(ClassLoad(class_policy, rate.per_s, typical), peak_per_s, seen))
     return evidence
 
 
@@ -108,7 +117,8 @@ def pressing_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate 
     history = state.samples.get(name, ())
     if not _known(state, history, policy.loop):
         return None
-    return _pressing(history, len(history) - 1, patience_s(policy.by_name(name), policy.loop), policy.loop)
+    patient_s = patience_s(policy.by_name(name), policy.loop)
+    return _pressing(history, len(history) - 1, patient_s, policy.loop, policy.loop.fast_period_s)
 
 
 def lasting_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | None:
@@ -263,11 +273,13 @@ def _rate(state: DemandState, name: str, window_s: float, loop: LoopSettings) ->
     return Rate(offered / span_s, arrivals, span_s)
 
 
-def _pressing(history: Sequence[Sample], last: int, patient_s: float, loop: LoopSettings) -> Rate:
+def _pressing(history: Sequence[Sample], last: int, patient_s: float, loop: LoopSettings, ahead_s: float = 0.0) -> Rate:
     """What presses at the end of sample `last`: the largest (A - 1) / (w + D) of all windows up to the long one, for
-    nobody waits for itself; at least the mean of the long window, for patience is a loan.
+    nobody waits for itself; at least the mean of the long window, for patience is a loan. With `ahead_s` the windows
+    that end so much later count too.
     """
     since = history[last].end_s - loop.long_window_s + _TICK_TOLERANCE_S
+    coming = _surely_coming(history[last], ahead_s)
     span_s, offered, arrivals, most = 0.0, 0.0, 0, 0.0
     for position in range(last, -1, -1):
         sample = history[position]
@@ -276,8 +288,16 @@ def _pressing(history: Sequence[Sample], last: int, patient_s: float, loop: Loop
         span_s += sample.end_s - sample.start_s
         arrivals += sample.delta.arrived
         offered += sample.delta.arrived / sample.heard
-        most = max(most, (offered - 1) / (span_s + patient_s))
+        soon = (offered + coming - 1) / (span_s + ahead_s + patient_s)
+        most = max(most, (offered - 1) / (span_s + patient_s), soon)
     return Rate(max(most, offered / span_s), arrivals, span_s)
+
+
+def _surely_coming(sample: Sample, ahead_s: float) -> float:
+    """Arrivals of the `ahead_s` after a sample, if they go on at the least rate that its count speaks for."""
+    arrived = sample.delta.arrived
+    least = max(0.0, arrived - SURE_DEVIATIONS * math.sqrt(arrived))
+    return least / sample.heard * ahead_s / (sample.end_s - sample.start_s)
 
 
 def _compact(history: tuple[Sample, ...], oldest_s: float, fine_since_s: float) -> tuple[Sample, ...]:

@@ -58,6 +58,15 @@ def test_nothing_is_judged_near_saturation() -> None:
     assert _run(2000.0, rate=8).cost_factor == 1.0
 
 
+def test_nothing_is_judged_by_the_mean_of_a_load_whose_bursts_filled_the_pool() -> None:
+    """Three a second on average, but thirty at once: they wait for each other, whatever the profile says."""
+    state = DemandState()
+    for tick in range(600):
+        grown = delta(RATE * 10 if tick % 10 == 0 else 0, tpot_ms=2000.0)
+        state = demand.update(state, observation(float(tick), classes={NAME: grown}), POLICY)
+    assert state.cost_factor == 1.0
+
+
 def test_corrected_profile_orders_the_replicas_that_an_optimistic_one_would_not() -> None:
     """Costs half of the true ones: by the profile 8 a second are 0.7 pods, in truth 1.4."""
     optimistic = profile(points={name: point_profile(0.5) for name in profile().points})

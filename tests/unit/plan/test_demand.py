@@ -93,10 +93,23 @@ def test_burst_is_forgotten_as_fast_as_a_pool_of_that_capacity_works_it_off() ->
     policy = service_policy()
     state = demand_of(policy, 0)
     state = demand.update(state, observation(61.0, classes={NAME: delta(40)}), policy)
-    assert _pressing(state, policy) == pytest.approx(39 / 1.9)
     for tick in range(8):
         state = demand.update(state, observation(62.0 + tick, classes={NAME: delta(0)}), policy)
-    assert _pressing(state, policy) == pytest.approx(39 / 9.9)
+        assert _pressing(state, policy) == pytest.approx(39 / (tick + 2.9))
+
+
+def test_burst_that_builds_up_presses_with_what_surely_comes_before_the_next_decision() -> None:
+    """49 in the last second: 35 more are as good as certain in the next, and all 83 must be done 0.9 s after that."""
+    policy = service_policy()
+    state = demand.update(demand_of(policy, 0), observation(61.0, classes={NAME: delta(49)}), policy)
+    assert _pressing(state, policy) == pytest.approx((49 + 35 - 1) / 2.9)
+
+
+def test_what_surely_comes_is_scaled_up_by_the_share_of_pods_heard() -> None:
+    policy = service_policy()
+    pods = (pod("a"), pod("b", stale=True))
+    state = demand.update(demand_of(policy, 0), observation(61.0, pods, classes={NAME: delta(49)}), policy)
+    assert _pressing(state, policy) == pytest.approx((2 * (49 + 35) - 1) / 2.9)
 
 
 def test_a_few_more_arrivals_than_usual_are_noise() -> None:
@@ -115,7 +128,8 @@ def test_a_lone_request_waits_for_nobody() -> None:
 def test_class_without_a_ttft_objective_is_patient_for_the_short_window() -> None:
     policy = service_policy(classes=[service_class(objectives={"tpotMilliseconds": 200})])
     state = demand.update(demand_of(policy, 0), observation(61.0, classes={NAME: delta(15)}), policy)
-    assert _pressing(state, policy) == pytest.approx(14 / 7)
+    state = demand.update(state, observation(62.0, classes={NAME: delta(0)}), policy)
+    assert _pressing(state, policy) == pytest.approx(14 / 8)
 
 
 @pytest.mark.parametrize(("arrivals", "lasting"), [((40, 0, 0, 0, 0, 0), 39 / 6.9), ((20,) * 6, 19 / 1.9)])
