@@ -60,16 +60,20 @@ def test_services_that_share_accelerators_are_played_together_and_stay_within_th
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = [*of_service(tmp_path, "chat"), *of_service(tmp_path, "code"), *EXAMPLE[4:]]
-    out = ["--json", str(tmp_path / "out.json"), "--seeds", "1", "--factor", "3"]
+    files = ["--json", str(tmp_path / "out.json"), "--html", str(tmp_path / "out.html")]
     most = []
     for cap in (["--max-accelerators", "3"], []):
-        assert cli.main([*both, *cap, *out]) == 0
+        assert cli.main([*both, *cap, *files, "--seeds", "1", "--factor", "3"]) == 0
         table = capsys.readouterr().out
         assert "demo/chat" in table
         assert "demo/code" in table
         document = json.loads((tmp_path / "out.json").read_text())
         assert {run["requests"] for runs in document["services"].values() for run in runs} == {3 * 105}
         most.append(document["of"]["most_accelerators"])
+        html = (tmp_path / "out.html").read_text()
+        assert ("dashed: the cap" in html) is bool(cap)
+        assert [f"<h3>demo/{name}</h3>" in html for name in ("chat", "code")] == [True, True]
+        assert html.count("<polygon") == 2, "one area for each service"
     assert most[0] <= 3 < most[1], "without the cap they would have taken more"
 
 

@@ -280,7 +280,7 @@ def _alone(arguments: argparse.Namespace, asked: Study) -> int:
 
 def _together(arguments: argparse.Namespace, asked: Sequence[Member], caps: Caps) -> int:
     """Several services, or one under the fleet's caps, each under Prism. Raises Unfit for what tells of one alone."""
-    for flag in ("baseline", "all", "html"):
+    for flag in ("baseline", "all"):
         if getattr(arguments, flag):
             raise Unfit(f"--{flag} compares policies for one service; leave it out, or simulate each service by itself")
     runs = [services.play(asked, caps, seed) for seed in range(arguments.seeds)]
@@ -291,15 +291,24 @@ def _together(arguments: argparse.Namespace, asked: Sequence[Member], caps: Caps
     print(report.services_table(scores))
     accelerators, cost = max(one.most_accelerators for one in runs), max(one.most_per_hour for one in runs)
     print(f"at one time ordered at most: {accelerators} accelerators, {cost:.2f} an hour")
+    traces = [trace.name for trace in arguments.trace]
+    facts = {
+        "traces": traces,
+        "max_accelerators": caps.accelerators,
+        "max_per_hour": None if caps.per_hour is None else str(caps.per_hour),
+        "most_accelerators": accelerators,
+        "most_per_hour": cost,
+    }
     if arguments.json is not None:
-        facts = {
-            "traces": [trace.name for trace in arguments.trace],
-            "max_accelerators": caps.accelerators,
-            "max_per_hour": None if caps.per_hour is None else str(caps.per_hour),
-            "most_accelerators": accelerators,
-            "most_per_hour": cost,
-        }
         arguments.json.write_text(report.services_json(scores, facts))
+    if arguments.html is not None:
+        shown = {
+            "seeds": arguments.seeds,
+            "accelerators": f"{accelerators} at most at one time, cap {caps.accelerators or 'none'}",
+            "cost an hour": f"{cost:.2f} at most at one time, cap {caps.per_hour or 'none'}",
+        }
+        title = f"Simulation of {', '.join(traces)}"
+        arguments.html.write_text(page.services_page(scores, runs[0], caps, title, shown))
     return 0
 
 
