@@ -82,6 +82,16 @@ def processor_flags() -> frozenset[str]:
     return frozenset(next(named, "").split())
 
 
+def processor_name() -> str:
+    """The model of the first processor as its maker calls it, or the kind of machine where nothing says more."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.machine()
+
+
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/prism-runtime, or ~/.cache/prism-runtime."""
     base = os.environ.get("XDG_CACHE_HOME")

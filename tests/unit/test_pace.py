@@ -101,6 +101,17 @@ def test_fit_finds_the_costs_that_made_the_samples(costs: tuple[int, int, int, i
         assert predicted == pytest.approx(sample.seconds, rel=1e-4)
 
 
+def test_fit_tells_the_steps_that_make_most_tokens_from_those_that_read_prompts() -> None:
+    """A step that also reads a prompt takes ten times one that does not, and more than the formula can say: by seconds
+    the long ones would decide alone, and steps that only decode would seem a third dearer than they are."""
+    samples = [StepSample(b, 100 * b, 0, 0.002 + 0.0001 * b) for b in (1, 4, 8, 16)]
+    samples += [StepSample(b, 100 * b, 256, 0.015 + (0.009 if b % 8 else 0.0)) for b in (1, 4, 8, 16)]
+    fit = fit_point(samples)
+    for one in samples[:4]:
+        predicted = fit.step_seconds(one.decode_sequences, one.context_tokens, 0)
+        assert predicted == pytest.approx(one.seconds, rel=0.1)
+
+
 def test_fit_of_noisy_steps_has_no_negative_cost_and_admits_its_error() -> None:
     samples = [StepSample(b, 1000, p, 0.010 - 0.0001 * b + 0.004 * (b % 2)) for b in (1, 2, 3, 4) for p in (0, 64)]
     fit = fit_point(samples)

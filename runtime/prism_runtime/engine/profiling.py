@@ -49,10 +49,13 @@ def measure_profile(
     limits: Limits,
     *,
     accelerator: str,
+    measured: str = "at start",
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[str], None] = lambda shape: None,
 ) -> Profile:
     """Profile of an idle engine; leaves it idle. Nobody else may step it meanwhile.
+
+    `measured` is the part of the provenance that only the caller knows: when, or on what.
 
     Raises RuntimeError if the engine has work already.
     """
@@ -71,7 +74,7 @@ def measure_profile(
     engine.step()
     return Profile(
         accelerator=accelerator,
-        provenance=f"measured at start: wall clock of {len(samples[names[0]])} engine steps a point, least squares",
+        provenance=f"measured {measured}: wall clock of {len(samples[names[0]])} engine steps a point, least squares",
         max_sequences=limits.max_sequences,
         kv_tokens=limits.kv_tokens,
         prefill_tokens_per_step=limits.prefill_tokens_per_step,
@@ -96,17 +99,20 @@ def probe(engine: SteppingEngine, limits: Limits, clock: Callable[[], float] = t
 def fit_point(samples: list[StepSample]) -> PointProfile:
     """Non-negative least squares of the profile's formula, and the mean absolute error relative to the mean step.
 
-    Fitted twice: steps that took over twice the first fit's time met something else on the machine and are left out of
-    the second, but not of the error, which so tells how quiet the machine was.
+    Errors count relative to their step: one that reads a prompt takes ten times one that does not, and fitted by its
+    seconds the line would tell nothing of the steps that make most tokens. Fitted twice: steps that took over twice the
+    first fit's time met something else on the machine and are left out of the second, but not of the error, which so
+    tells how quiet the machine was.
     """
     rows = [
         (1.0, s.decode_sequences, s.context_tokens / 1000, 1.0 if s.prefill_tokens else 0.0, s.prefill_tokens)
         for s in samples
     ]
     shape, seconds = np.array(rows, dtype=np.float64), np.array([s.seconds for s in samples])
-    cost = _non_negative_least_squares(shape, seconds)
+    relative = shape / seconds[:, None]
+    cost = _non_negative_least_squares(relative)
     usual = seconds <= OUTLIER_FACTOR * (shape @ cost)
-    cost = _non_negative_least_squares(shape[usual], seconds[usual])
+    cost = _non_negative_least_squares(relative[usual])
     error = float(np.abs(shape @ cost - seconds).mean() / seconds.mean())
     base, sequence, kilotoken, prefill_base, prefill_token = (round(float(c) * 1e9) for c in cost)
     return PointProfile(
@@ -119,12 +125,15 @@ def fit_point(samples: list[StepSample]) -> PointProfile:
     )
 
 
-def _non_negative_least_squares(shape: FloatArray, seconds: FloatArray) -> FloatArray:
-    """Costs cannot be negative, so a column whose coefficient is negative is dropped and the rest fitted again."""
-    columns = list(range(shape.shape[1]))
+def _non_negative_least_squares(relative: FloatArray) -> FloatArray:
+    """The costs at which rows of step shapes over the steps' seconds are as near to 1 as can be.
+
+    Costs cannot be negative, so a column whose coefficient is negative is dropped and the rest fitted again.
+    """
+    columns = list(range(relative.shape[1]))
     while True:
-        cost = np.zeros(shape.shape[1])
-        cost[columns] = np.linalg.lstsq(shape[:, columns], seconds, rcond=None)[0]
+        cost = np.zeros(relative.shape[1])
+        cost[columns] = np.linalg.lstsq(relative[:, columns], np.ones(len(relative)), rcond=None)[0]
         if cost.min() >= 0 or len(columns) == 1:
             return cost.clip(min=0)
         columns.remove(int(cost.argmin()))

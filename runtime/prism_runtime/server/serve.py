@@ -20,6 +20,7 @@ from prism_runtime.engine.pace import PaceError, Pacer, load_profile
 from prism_runtime.engine.prefix_cache import BLOCK_TOKENS
 from prism_runtime.engine.profiling import Limits, measure_profile, probe
 from prism_runtime.engine.shipped_profile import corrected, read_shipped
+from prism_runtime.native import levels, processor_name
 from prism_runtime.server import logs
 from prism_runtime.server.app import ServingProcess, read_eos_token_ids
 from prism_runtime.server.settings import ServeSettings
@@ -110,6 +111,7 @@ def print_profile(
         engine,
         kv_sized(limits),
         accelerator=accelerator,
+        measured=f"on {processor_name()} ({levels()[0].name}), threads: {threads}, {artifact}",
         progress=lambda shape: print(f"measuring {shape}", file=sys.stderr),
     )
     print(json.dumps(profile.to_wire(), indent=2))
