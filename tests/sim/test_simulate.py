@@ -105,7 +105,7 @@ def test_the_help_names_every_policy_and_profile(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (with_("--profile", "no-such"), "known names: h100-olmoe"),
+        (with_("--profile", "no-such"), "known names: cpu-small-moe, h100-olmoe"),
         (with_("--profile", "l4-olmoe"), "--speed-up"),
         (with_("--trace", "nowhere.csv"), "cannot be read"),
         (with_("--model", str(ROOT / "examples/prismservice.yaml")), "no PrismModel 'small-moe'"),
@@ -126,9 +126,16 @@ def test_a_profile_of_full_alone_gets_the_models_points_by_a_speed_up() -> None:
     assert steps[-1] / steps[0] == pytest.approx(2.0, rel=1e-4)
 
 
-def test_shipped_estimates_say_that_they_are() -> None:
+def test_shipped_profiles_say_whether_they_are_estimates() -> None:
     for name in cli.shipped():
-        assert cli.load_profile(name).provenance.startswith("ESTIMATE"), name
+        said = "measured on" if name.startswith("cpu") else "ESTIMATE, measured on nothing"
+        assert cli.load_profile(name).provenance.startswith(said), name
+
+
+def test_shipped_measurement_prices_every_point_of_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--profile", "cpu-small-moe", "--longest-prompt", "256", "--longest-output", "64", "--seeds", "1"]
+    assert cli.main([*EXAMPLE[:6], *short]) == 0
+    assert "prism" in capsys.readouterr().out
 
 
 def test_flaps_are_turns_within_the_time() -> None:
