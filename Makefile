@@ -124,6 +124,10 @@ evidence-runtime: install ## Re-take every figure of evidence/runtime.json: CPU 
 evidence-planner: install ## Re-take every figure of evidence/planner.json: simulations, two hours of one core
 	$(BIN)/python -m evidence.planner $(ARGS)
 
+.PHONY: evidence-planner-engine
+evidence-planner-engine: install ## Compare the simulator with the engine on this CPU: ten minutes of one core
+	$(BIN)/python -m evidence.planner_engine $(ARGS)
+
 .PHONY: evidence-planner-cluster
 evidence-planner-cluster: install ## Compare the simulator with the local cluster: three demos on a quiet machine, 15 minutes
 	$(BIN)/python -m evidence.planner_cluster $(ARGS)

@@ -233,11 +233,17 @@ def times_real_time() -> list[float]:
 
 CLUSTER_COMMAND = "python -m evidence.planner_cluster"
 CLUSTER = ("sim.minus_cluster_attainment_points", "sim.minus_cluster_attainment_points.held")
-"""Figures that need the local cluster, and are kept as that command left them."""
+ENGINE_COMMAND = "python -m evidence.planner_engine"
+ENGINE = tuple(f"sim.over_engine.{latency}_{share}" for latency in ("ttft", "tpot") for share in ("p50", "p95"))
+BESIDE = dict.fromkeys(CLUSTER, ("points", CLUSTER_COMMAND)) | dict.fromkeys(ENGINE, ("times", ENGINE_COMMAND))
+"""Unit and command of the figures that compare the simulator with the system on a quiet machine; kept as they were."""
 
 
-def _no_cluster() -> Sequence[float | None]:
-    raise NotTaken(f"not taken yet; needs the local cluster and a quiet machine, run: {CLUSTER_COMMAND}")
+def _elsewhere(command: str) -> Callable[[], Sequence[float | None]]:
+    def refuse() -> Sequence[float | None]:
+        raise NotTaken(f"not taken yet; needs a quiet machine, run: {command}")
+
+    return refuse
 
 
 def _tick() -> list[float]:
@@ -293,7 +299,7 @@ COLLECTORS |= {
     "sim.times_real_time": _figure(
         "simulated s per CPU s", f"{COMMAND}: 100 pods, one core", times_real_time, range(3)
     ),
-} | {name: _figure("points", CLUSTER_COMMAND, _no_cluster) for name in CLUSTER}
+} | {name: _figure(unit, command, _elsewhere(command)) for name, (unit, command) in BESIDE.items()}
 
 
 def main() -> int:
@@ -317,7 +323,7 @@ def main() -> int:
     wanted = (
         [] if arguments.table is not None else [name for name in COLLECTORS if name in (arguments.only or COLLECTORS)]
     )
-    names = [name for name in wanted if name not in CLUSTER or name not in load(OUT)]
+    names = [name for name in wanted if name not in BESIDE or name not in load(OUT)]
     figures.take_into(OUT, COLLECTORS, names, None, partial(print, file=sys.stderr, flush=True))
     figures.fill_in(OUT, COLLECTORS, NEVER_TAKEN)
     return page.main([])
