@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-from prism_api.scaling import Direction, ForecastMethod, Reserve, Switch
-from prism_api.service import PrismServiceSpec
+from prism_api.scaling import Direction, ForecastMethod, Reserve, SignalLoss, Switch
+from prism_api.service import BudgetOnSignalLoss, PrismServiceSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,8 @@ class EffectiveSettings:
     """0: the time until a new pod is ready, as measured."""
     pace_up: Direction = field(default_factory=Direction)
     pace_down: Direction = field(default_factory=Direction)
+    budget_on_signal_loss: BudgetOnSignalLoss = BudgetOnSignalLoss.HOLD
+    scaling_on_signal_loss: SignalLoss = field(default_factory=SignalLoss)
 
 
 def effective(spec: PrismServiceSpec) -> EffectiveSettings:
@@ -49,4 +51,6 @@ def effective(spec: PrismServiceSpec) -> EffectiveSettings:
         forecast_horizon_s=scaling.forecast.horizon_seconds,
         pace_up=scaling.behavior.scale_up,
         pace_down=scaling.behavior.scale_down,
+        budget_on_signal_loss=budget.on_signal_loss,
+        scaling_on_signal_loss=scaling.on_signal_loss,
     )

@@ -88,6 +88,39 @@ class Forecast(Document):
     )
 
 
+class OnSignalLoss(StrEnum):
+    CURRENT = "Current"
+    STATIC = "Static"
+    CURRENT_IF_HIGHER = "CurrentIfHigher"
+    CURRENT_IF_LOWER = "CurrentIfLower"
+
+
+class SignalLoss(Document):
+    """The replica count while fewer than half of the ready pods report."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "(self.behavior == 'Current') != has(self.replicas)",
+                "replicas must be set when onSignalLoss.behavior is not 'Current', and must not be set otherwise",
+                ".replicas",
+            )
+        )
+    )
+    behavior: OnSignalLoss = Field(
+        OnSignalLoss.CURRENT,
+        validate_default=True,
+        description="`Current` keeps what is ordered, `Static` orders `replicas`, `CurrentIfHigher` and "
+        "`CurrentIfLower` the higher or the lower of both.",
+    )
+    replicas: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="A count that is known to be enough; bounds and caps still hold."
+    )
+    after_seconds: Annotated[int, Field(ge=10, le=3600)] = Field(
+        60, description="How long reports must be missing before the count changes; until then it is kept."
+    )
+
+
 class Idle(Document):
     scale_to_zero: Switch = Field(
         Switch.DISABLED,
@@ -184,6 +217,7 @@ class Scaling(Document):
     forecast: Forecast = block(Forecast, "Planning for the load at the time when new replicas are ready.")
     behavior: Behavior = block(Behavior, "Stabilization windows, and limits on the pace.")
     idle: Idle = block(Idle, "Scale to zero.")
+    on_signal_loss: SignalLoss = block(SignalLoss, "The count while fewer than half of the ready pods report.")
     schedules: list[Schedule] = named_list(
         "Bounds by time of day; of several that apply the first one counts.", default_factory=list, max_length=16
     )

@@ -103,6 +103,12 @@ class Brownout(StrEnum):
     MARGINAL_QUALITY = "MarginalQuality"
 
 
+class BudgetOnSignalLoss(StrEnum):
+    HOLD = "Hold"
+    HOLD_THEN_SAFE_POINT = "HoldThenSafePoint"
+    SAFE_POINT = "SafePoint"
+
+
 class Dwell(Document):
     down_milliseconds: Annotated[int, Field(ge=0, le=60_000)] | None = Field(
         None, description="Shortest time between two steps down of the budget; 200 if not set."
@@ -144,6 +150,13 @@ class Budget(Document):
     dwell: Dwell = block(Dwell, "Least times between moves: fast down, slow up.")
     bridge_scale_up: Switch | None = Field(
         None, description="Lower the budget while ordered replicas start; `Enabled` if not set."
+    )
+    on_signal_loss: BudgetOnSignalLoss = Field(
+        BudgetOnSignalLoss.HOLD,
+        validate_default=True,
+        description="While fewer than half of the ready pods report, those that do `Hold` their points, go to "
+        "`safePoint` (`SafePoint`), or do so once an envelope would have expired, as it does in pods that cannot be "
+        "reached (`HoldThenSafePoint`).",
     )
     brownout: Brownout = Field(
         Brownout.LOWEST_PRIORITY_FIRST,

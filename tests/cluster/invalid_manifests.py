@@ -5,61 +5,11 @@ change of an object that exists.
 """
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from prism_api import API_VERSION
-
-Manifest = dict[str, Any]
-ABSENT: Any = object()
-"""Value of an edit that takes the field away."""
-
-_POINT = {"budgetPermille": 750, "policy": "prefix", "relativeQuality": "0.98", "relativeQualityLow": "0.97"}
-_CLASS = {"objectives": {"ttftMilliseconds": 800}}
-_DIGEST = "sha256:" + "0" * 64
-
-
-def prism_service(name: str = "chat", **edits: Any) -> Manifest:
-    """The smallest valid PrismService."""
-    spec = {
-        "modelRef": {"name": "small-moe"},
-        "classes": [{"name": "standard", "objectives": {"ttftMilliseconds": 2000}}],
-        "scaling": {"maxReplicas": 3},
-        "pools": [{"name": "main", "accelerator": {"name": "cpu"}}],
-        "runtime": {"image": "runtime:1"},
-    }
-    return edited({"apiVersion": API_VERSION, "kind": "PrismService", "metadata": {"name": name}, "spec": spec}, edits)
-
-
-def prism_model(name: str = "small-moe", **edits: Any) -> Manifest:
-    """The smallest valid PrismModel that has a knob."""
-    full = {"budgetPermille": 1000, "policy": "full", "relativeQuality": "1", "relativeQualityLow": "1"}
-    spec = {
-        "source": {"image": {"reference": "model:1"}},
-        "digest": _DIGEST,
-        "servedName": "small-moe",
-        "operatingPoints": [{"name": "full", **full}, {"name": "b750", **_POINT}],
-    }
-    return edited({"apiVersion": API_VERSION, "kind": "PrismModel", "metadata": {"name": name}, "spec": spec}, edits)
-
-
-def edited(manifest: Manifest, edits: Mapping[str, Any]) -> Manifest:
-    """A copy with values set at dotted paths; a number in a path is a position in a list, the next free one appends."""
-    manifest = deepcopy(manifest)
-    for path, value in edits.items():
-        *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
-        node: Any = manifest
-        for key in parents:
-            node = node[key] if isinstance(key, int) else node.setdefault(key, {})
-        if value is ABSENT:
-            del node[last]
-        elif isinstance(node, list) and last == len(node):
-            node.append(deepcopy(value))
-        else:
-            node[last] = deepcopy(value)
-    return manifest
+from tests.cluster.manifests import ABSENT, CLASS, POINT, Manifest, edited, prism_model, prism_service
 
 
 @dataclass(frozen=True)
@@ -101,19 +51,19 @@ CREATIONS = (
     _service("no class", {"spec.classes": []}, "spec.classes", "should have at least 1 items"),
     _service(
         "nine classes",
-        {"spec.defaultClass": "c0", "spec.classes": [{"name": f"c{i}", **_CLASS} for i in range(9)]},
+        {"spec.defaultClass": "c0", "spec.classes": [{"name": f"c{i}", **CLASS} for i in range(9)]},
         "spec.classes",
         "must have at most 8 items",
     ),
     _service(
         "two classes of one name",
-        {"spec.defaultClass": "standard", "spec.classes.1": {"name": "standard", **_CLASS}},
+        {"spec.defaultClass": "standard", "spec.classes.1": {"name": "standard", **CLASS}},
         "spec.classes[1]",
         "Duplicate value",
     ),
     _service(
         "two classes without default",
-        {"spec.classes.1": {"name": "gold", **_CLASS}},
+        {"spec.classes.1": {"name": "gold", **CLASS}},
         "spec.defaultClass",
         "defaultClass must name one of `classes`, and is required with two or more classes",
     ),
@@ -290,6 +240,18 @@ CREATIONS = (
         "spec.scaling.maxStep",
         "should be less than or equal to 64",
     ),
+    _service(
+        "a static count for lost signals without a count",
+        {"spec.scaling.onSignalLoss": {"behavior": "Static"}},
+        "spec.scaling.onSignalLoss.replicas",
+        "replicas must be set when onSignalLoss.behavior is not 'Current', and must not be set otherwise",
+    ),
+    _service(
+        "an unknown rule for lost signals",
+        {"spec.budget.onSignalLoss": "Panic"},
+        "spec.budget.onSignalLoss",
+        'supported values: "Hold", "HoldThenSafePoint", "SafePoint"',
+    ),
     # cost
     _service(
         "a cost target above the cap",
@@ -391,19 +353,19 @@ CREATIONS = (
     ),
     _model(
         "two points of one budget",
-        {"spec.operatingPoints.2": {"name": "other", **_POINT}},
+        {"spec.operatingPoints.2": {"name": "other", **POINT}},
         "spec.operatingPoints",
         "operatingPoints must have distinct budgetPermille values",
     ),
     _model(
         "two points of one name",
-        {"spec.operatingPoints.2": {"name": "b750", **_POINT, "budgetPermille": 500}},
+        {"spec.operatingPoints.2": {"name": "b750", **POINT, "budgetPermille": 500}},
         "spec.operatingPoints[2]",
         "Duplicate value",
     ),
     _model(
         "more points than a ladder holds",
-        {"spec.operatingPoints": [{"name": f"b{i}", **_POINT, "budgetPermille": i} for i in range(1, 34)]},
+        {"spec.operatingPoints": [{"name": f"b{i}", **POINT, "budgetPermille": i} for i in range(1, 34)]},
         "spec.operatingPoints",
         "must have at most 32 items",
     ),

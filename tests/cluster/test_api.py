@@ -11,7 +11,8 @@ from prism_api.base import Document
 from prism_api.crd import all_definitions
 from prism_api.model import PrismModelSpec
 from prism_api.service import PrismServiceSpec
-from tests.cluster.invalid_manifests import CREATIONS, UPDATES, Invalid, Manifest, prism_model, prism_service
+from tests.cluster.invalid_manifests import CREATIONS, UPDATES, Invalid
+from tests.cluster.manifests import Manifest, prism_model, prism_service
 from tests.localcluster.cluster import Cluster
 from tests.localcluster.failure import ClusterError
 

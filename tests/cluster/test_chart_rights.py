@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.invalid_manifests import prism_service
+from tests.cluster.manifests import prism_service
 from tests.localcluster.cluster import Cluster
 from tests.localcluster.failure import ClusterError
 

@@ -32,7 +32,7 @@ from dataclasses import replace
 
 from prism_api import FULL
 from prism_api.service import BudgetControl
-from prism_operator.plan import floors, starts
+from prism_operator.plan import blind, floors, starts
 from prism_operator.plan.brownout import by_priority, next_up, steps_down
 from prism_operator.plan.floors import Lift
 from prism_operator.plan.pressure import Pressure, measure
@@ -87,7 +87,11 @@ def _remember_pods(observation: Observation, state: BudgetState) -> BudgetState:
     # A pod seen deleting is forgotten, so that its disappearance later is not taken for a loss.
     since_s = observation.now_s if state.bridging_since_s is None else state.bridging_since_s
     return replace(
-        state, known_pods=ready, lost_s=lost_s, bridging_since_s=since_s if observation.missing > 0 else None
+        state,
+        known_pods=ready,
+        lost_s=lost_s,
+        bridging_since_s=since_s if observation.missing > 0 else None,
+        blind_since_s=blind.since_s(observation, state.blind_since_s),
     )
 
 
@@ -132,7 +136,6 @@ def _unsteered(
 ) -> tuple[BudgetPlan, BudgetState] | None:
     """Plans that look at no load: paused, off, fixed, blind. None if the budget is to be steered."""
     points = {name: remembered.point for name, remembered in state.classes.items()}
-    ready, fresh = len(observation.ready), len(observation.fresh)
     status = Status.HOLD
     if policy.paused:
         reason, text = Reason.PAUSED, "mode is Paused; points are held"
@@ -145,11 +148,12 @@ def _unsteered(
         reason, text = Reason.PINNED, f"budget.control is Fixed at '{policy.fixed_point}', raised to floors"
     elif observation.ordered_replicas == 0:
         reason, text = Reason.IDLE, "the service sleeps at zero replicas"
-    elif ready == 0:
+    elif not observation.ready:
         status, reason, text = Status.BLOCKED, Reason.SIGNALS_STALE, "no ready pod; nothing to steer"
-    elif fresh < ready / 2:
+    elif state.blind_since_s is not None:
         status, reason = Status.BLOCKED, Reason.SIGNALS_STALE
-        text = f"only {fresh} of {ready} ready pods reported freshly; points are held and envelopes renewed"
+        points, what = blind.points(policy, points, observation.now_s - state.blind_since_s)
+        text = f"{blind.said(observation)}; {what}"
     else:
         return None
     state = _moved(policy, state, points, observation.now_s, Reason.STEADY)

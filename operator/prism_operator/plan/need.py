@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from prism_api.profile import Profile
 from prism_api.scaling import ForecastMethod, Reserve
 from prism_api.service import BudgetControl
-from prism_operator.plan import calibration, capacity, demand, forecast, surprise
+from prism_operator.plan import blind, calibration, capacity, demand, forecast, surprise
 from prism_operator.plan.capacity import ClassLoad
 from prism_operator.plan.forecast import ForecastState, Method
 from prism_operator.plan.recommendation import TOLERANCE, Asked, flat, whole
@@ -137,9 +137,8 @@ def ask(
     ready = observation.ready
     if not ready:
         return Ask(None, Reason.IN_FLIGHT, "no pod is ready yet, so there is no load to plan for")
-    if len(observation.fresh) < len(ready) / 2:
-        text = f"only {len(observation.fresh)} of {len(ready)} ready pods reported freshly"
-        return Ask(None, Reason.SIGNALS_STALE, text)
+    if blind.is_blind(observation):
+        return Ask(None, Reason.SIGNALS_STALE, blind.said(observation))
     loads = _Loads()
     for class_policy in policy.classes:
         name = class_policy.name

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from prism_api.scaling import ScalingControl
-from prism_operator.plan import behavior, demand, need, recommendation, rehearsal, schedule
+from prism_operator.plan import behavior, blind, demand, need, recommendation, rehearsal, schedule
 from prism_operator.plan.behavior import Move
 from prism_operator.plan.limits import Limits, limits
 from prism_operator.plan.need import Ask
@@ -59,6 +59,7 @@ def decide(
         forecasts=need.learn(state.forecasts, observation, demand_state, policy, ready_s),
         surprises=need.surprised(state.surprises, state.forecasts, observation, demand_state, policy, ready_s),
         idle_since_s=_idle_since_s(observation, demand_state, policy, state),
+        blind_since_s=blind.since_s(observation, state.blind_since_s),
         rehearsal=rehearsal.current(observation, state.rehearsal),
     )
     ask = need.ask(observation, demand_state, policy, state.forecasts, state.surprises, ready_s)
@@ -229,7 +230,7 @@ def _managed(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaStat
     if failed is not None:
         state = replace(state, rehearsal=None, rehearsal_failed_s=tick.observation.now_s)
     if ask.up is None or ask.down is None:
-        return tick.hold(Status.HOLD, ask.reason), state
+        return _unseen(tick, state), state
     wanted, cut = tick.limits.clamp(ask.up)
     if wanted > tick.ordered:
         return _up(tick, ask.up, cut, state)
@@ -245,6 +246,21 @@ def _managed(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaStat
         status = Status.BLOCKED if tick.stuck else Status.HOLD
         return tick.hold(status, reason, rejected=f"{tick.ordered - 1}: would not hold it with headroom"), state
     return _down(tick, state)
+
+
+def _unseen(tick: _Tick, state: ReplicaState) -> ReplicaPlan:
+    """Without an ask the count stays, unless the spec says what it should be while reports are missing."""
+    if state.blind_since_s is None:
+        return tick.hold(Status.HOLD, tick.ask.reason)
+    blind_s = tick.observation.now_s - state.blind_since_s
+    wanted = tick.limits.clamp(blind.replicas(tick.policy, tick.ordered, blind_s))[0]
+    step = tick.policy.effective.max_step
+    granted = max(tick.ordered - step, min(wanted, tick.ordered + step))
+    if granted == tick.ordered:
+        return tick.hold(Status.HOLD, tick.ask.reason)
+    rule = tick.policy.effective.scaling_on_signal_loss.behavior
+    text = f"for {blind_s:.0f} s: scaling.onSignalLoss is {rule}, so from {tick.ordered} towards {wanted}"
+    return tick.order(Reason.SIGNALS_STALE, granted, text)
 
 
 def _up(tick: _Tick, asked: int, cut: Reason | None, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:

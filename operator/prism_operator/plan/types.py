@@ -364,6 +364,8 @@ class BudgetState:
     """The last tick: how long a class has run where it did."""
     bridging_since_s: float | None = None
     """Since when replicas have been ordered and not ready, without a break."""
+    blind_since_s: float | None = None
+    """Since when too few pods have reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,6 +419,8 @@ class ReplicaState:
     """By class; empty with a headroom that is set."""
     idle_since_s: float | None = None
     """Since when every pod has reported that there is nothing to do."""
+    blind_since_s: float | None = None
+    """Since when too few pods have reported."""
     rehearsal: Rehearsal | None = None
     rehearsal_failed_s: float | None = None
     """When the last rehearsal failed: the next one waits for twice the down window."""

@@ -6,7 +6,7 @@ from prism_api.effective import effective
 from prism_api.profile import PointProfile
 from prism_api.scaling import Direction, PolicyType, SelectPolicy
 from prism_api.service import PrismServiceSpec
-from tests.cluster.invalid_manifests import prism_service
+from tests.cluster.manifests import prism_service
 
 
 def spec(**edits: object) -> PrismServiceSpec:
