@@ -46,7 +46,7 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9
 """Two-sided 95 % quantiles of Student's t by number of runs; more than ten runs take the value of ten."""
 
 
-SIGNED = ("points",)
+SIGNED = ("points", "hours")
 """Units whose values can be negative, such as differences."""
 
 

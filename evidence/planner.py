@@ -42,6 +42,8 @@ TRACES = Path(__file__).parents[1] / "examples" / "traces"
 COMMAND = "python -m evidence.planner"
 NEVER_TAKEN = "not taken yet; run: make evidence-planner"
 RAMP_SEEDS, PARETO_SEEDS, TICK_SEEDS = tuple(range(10)), tuple(range(5)), (42,)
+OTHER_SEEDS = tuple(range(5, 15))
+"""On which nothing was chosen."""
 SPEED_UPS = (1.2, 1.5, 2.0)
 FIXED_HEADROOM = "0.10"
 """What `scaling.headroom` is at least where it is not set, alone: to tell what is gained by learning more."""
@@ -198,6 +200,13 @@ def cells() -> list[Row]:
     return rows
 
 
+@cache
+def other_seeds() -> list[tuple[Score, Score]]:
+    """Prism and its budget alone, which comes nearest to it, on the trace of bursts by other seeds than the table's."""
+    scores = run(study_of(EPISODES[0]), ("budget-only",), OTHER_SEEDS).scores
+    return list(zip(scores["prism"], scores["budget-only"], strict=True))
+
+
 def floor_violations() -> int:
     """Of Prism, on all ramps and traces."""
     traces = sum(row["floor_violations"] for row in cells() if row["policy"] == "prism")
@@ -283,12 +292,25 @@ for _prefix, _speed_up, _headroom, _governors in (
             RAMP_SEEDS,
         )
 PARETO_HOW = f"{COMMAND}: {len(EPISODES)} traces, {len(BASELINES)} baselines; every cell in {CELLS.name}"
+OTHER_HOW = f"{COMMAND}: {EPISODES[0].name}, prism minus budget-only, seeds that are not in the table"
 COLLECTORS |= {
     "pareto.cells": _figure(
         "cells", PARETO_HOW, lambda: [float(sum(row["policy"] != "prism" for row in cells()))], PARETO_SEEDS
     ),
     "pareto.dominated_cells": _figure(
         "cells", PARETO_HOW, lambda: [float(sum(row["dominates_prism"] for row in cells()))], PARETO_SEEDS
+    ),
+    "pareto.other_seeds.attainment_points": _figure(
+        "points",
+        OTHER_HOW,
+        lambda: [100 * (prism.attainment - alone.attainment) for prism, alone in other_seeds()],
+        OTHER_SEEDS,
+    ),
+    "pareto.other_seeds.replica_hours": _figure(
+        "hours",
+        OTHER_HOW,
+        lambda: [prism.replica_hours - alone.replica_hours for prism, alone in other_seeds()],
+        OTHER_SEEDS,
     ),
     "quality.floor_violations": _figure(
         "requests", f"{COMMAND}: all ramps and traces under Prism", lambda: [float(floor_violations())], PARETO_SEEDS
