@@ -9,6 +9,7 @@ from prism_operator.simulate import cli, ramp
 from prism_operator.simulate.policies import POLICIES
 from prism_operator.simulate.score import changes, flaps, quantiles
 from prism_operator.simulate.study import interval
+from prism_operator.simulate.world import World
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = [
@@ -124,6 +125,17 @@ def test_a_profile_of_full_alone_gets_the_models_points_by_a_speed_up() -> None:
     steps = [fitted.points[name].step_seconds(8, 1000, 100) for name in ramp.model().ladder.names]
     assert steps == sorted(steps)
     assert steps[-1] / steps[0] == pytest.approx(2.0, rel=1e-4)
+
+
+def test_flags_about_the_pool_change_the_world_that_is_played() -> None:
+    def world(*flags: str) -> World:
+        return cli.members(cli.parser().parse_args([*EXAMPLE, *flags]))[0].study.world
+
+    assert world() == World()
+    channel = world("--report-lag", "3", "--report-loss", "0.1", "--never-ready", "0.2", "--crashes-per-hour", "4")
+    assert channel == World(report_lag_s=3.0, report_loss=0.1, never_ready=0.2, crashes_per_hour=4.0)
+    pods = world("--routing", "random", "--order", "deadline", "--governors")
+    assert pods == World(random_routing=True, by_deadline=True, governors=True)
 
 
 def test_shipped_profiles_say_whether_they_are_estimates() -> None:

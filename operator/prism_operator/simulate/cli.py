@@ -56,8 +56,9 @@ Example, with the files of this repository:
     --profile l4-olmoe --speed-up 1.5 --max-accelerators 8
 
 Read the result with care. Simulated are arrivals, batching, prefill, KV cache, pod starts and drains, and the channel
-to the operator; not the network, prefix caches, and what the governor in a pod does between two ticks of the operator.
-Every figure is as good as the profile. A star in the table marks a policy that is no worse than prism in attainment and
+to the operator; not the network and prefix caches. What pods of this project's runtime do better than others (--order
+deadline, --governors) and what a plain Service does worse than a router (--routing random) is not assumed. Every figure
+is as good as the profile. A star in the table marks a policy that is no worse than prism in attainment and
 replica-hours, and better in one.
 """
 
@@ -169,7 +170,22 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--longest-prompt", type=int, default=10**9, help="clip prompts to this many tokens")
     made.add_argument("--longest-output", type=int, default=10**9, help="clip outputs to this many tokens")
     made.add_argument("--report-loss", type=float, default=0, help="share of pods' reports that get lost (default 0)")
+    made.add_argument("--report-lag", type=float, default=0, help="age in seconds of what a policy sees (default 0)")
     made.add_argument("--crashes-per-hour", type=float, default=0, help="crashes of one pod in an hour (default 0)")
+    made.add_argument("--never-ready", type=float, default=0, help="share of new pods that never start (default 0)")
+    made.add_argument(
+        "--routing",
+        choices=("least-busy", "random"),
+        default="least-busy",
+        help="who gets a request: the pod with the fewest, or any, as behind a plain Service (default least-busy)",
+    )
+    made.add_argument(
+        "--order",
+        choices=("arrival", "deadline"),
+        default="arrival",
+        help="in which pods start waiting requests; this project's runtime goes by deadline (default arrival)",
+    )
+    made.add_argument("--governors", action="store_true", help="pods move inside their envelope, as this runtime's do")
     made.add_argument("--max-accelerators", type=int, help="that the replicas of all services may take together")
     made.add_argument("--max-per-hour", type=Decimal, help="what the replicas of all services may cost together")
     made.add_argument("--price", type=Decimal, help="of a replica-hour (default: pools[].pricePerHour)")
@@ -228,7 +244,15 @@ def _member(arguments: argparse.Namespace, trace: Path, specs: Specs, profile_na
         start_median_s=arguments.start_seconds,
         start_p90_s=arguments.start_p90_seconds or arguments.start_seconds,
         initial=arguments.initial or policy.min_replicas,
-        world=World(report_loss=arguments.report_loss, crashes_per_hour=arguments.crashes_per_hour),
+        world=World(
+            report_loss=arguments.report_loss,
+            report_lag_s=arguments.report_lag,
+            crashes_per_hour=arguments.crashes_per_hour,
+            never_ready=arguments.never_ready,
+            random_routing=arguments.routing == "random",
+            by_deadline=arguments.order == "deadline",
+            governors=arguments.governors,
+        ),
     )
     resource = specs.service.pool.accelerator.resource
     return Member(specs.name, study, 0 if resource is None else resource.count)
