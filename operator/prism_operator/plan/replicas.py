@@ -30,6 +30,7 @@ from prism_operator.plan.starts import expected_ready_s, stuck_pods
 from prism_operator.plan.types import (
     BudgetPlan,
     DemandState,
+    FailedRehearsal,
     Observation,
     PodView,
     Reason,
@@ -227,8 +228,9 @@ def _managed(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaStat
         text = "sleeps at zero replicas; the annotation 'moeprism.io/wake' or a schedule wakes it"
         return tick.hold(Status.HOLD, Reason.IDLE, text), state
     failed = _failed_rehearsal(tick, state)
-    if failed is not None:
-        state = replace(state, rehearsal=None, rehearsal_failed_s=tick.observation.now_s)
+    if failed is not None and state.rehearsal is not None:
+        lesson = FailedRehearsal(tick.observation.now_s, state.rehearsal.kept)
+        state = replace(state, rehearsal=None, rehearsal_failed=lesson)
     if ask.up is None or ask.down is None:
         return _unseen(tick, state), state
     wanted, cut = tick.limits.clamp(ask.up)
@@ -314,7 +316,7 @@ def _down(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
         return wait(f"one pod less each {period_s:.0f} s")
     if policy.loop.rehearsal_s > 0 and fewer > 0:
         if state.rehearsal is None:
-            return _begin_rehearsal(tick, state)
+            return _begin_rehearsal(tick, state, keep)
         left_s = policy.loop.rehearsal_s - (now_s - state.rehearsal.since_s)
         if left_s > 0:
             text = f"'{state.rehearsal.name}' is out of traffic, {left_s:.0f} s to go"
@@ -325,17 +327,17 @@ def _down(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
     return tick.order(reason, fewer, text), replace(state, ordered_for=None)
 
 
-def _begin_rehearsal(tick: _Tick, state: ReplicaState) -> tuple[ReplicaPlan, ReplicaState]:
-    now_s, fewer = tick.observation.now_s, tick.ordered - 1
+def _begin_rehearsal(tick: _Tick, state: ReplicaState, keep: int) -> tuple[ReplicaPlan, ReplicaState]:
+    now_s, fewer, lesson = tick.observation.now_s, tick.ordered - 1, state.rehearsal_failed
     again_s = 2 * tick.policy.effective.stabilization_down_s
     refusal = rehearsal.why_not_now(tick.observation, tick.stuck)
-    if refusal is None and state.rehearsal_failed_s is not None and now_s - state.rehearsal_failed_s < again_s:
-        refusal = f"the last rehearsal failed less than {again_s} s ago"
+    if refusal is None and lesson is not None and keep >= lesson.kept and now_s - lesson.at_s < again_s:
+        refusal = f"the last rehearsal failed less than {again_s} s ago, and the load needs as much as then"
     if refusal is not None:
         return tick.hold(Status.HOLD, Reason.REHEARSAL, rejected=f"{fewer}: {refusal}"), state
     pod = rehearsal.victim(tick.observation)
     text = f"'{pod.name}' leaves traffic for {tick.policy.loop.rehearsal_s:.0f} s"
-    state = replace(state, rehearsal=Rehearsal(pod.uid, pod.name, now_s))
+    state = replace(state, rehearsal=Rehearsal(pod.uid, pod.name, now_s, keep))
     return tick.hold(Status.HOLD, Reason.REHEARSAL, text), state
 
 

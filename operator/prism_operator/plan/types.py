@@ -394,12 +394,22 @@ class ReplicaPlan:
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """A pod out of traffic since `since_s`; `passed` once its removal was ordered."""
+    """A pod out of traffic since `since_s`, when the load needed `kept` replicas; `passed` once its removal was
+    ordered."""
 
     uid: str
     name: str
     since_s: float
+    kept: int
     passed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRehearsal:
+    """The last one that failed: `kept` replicas turned out to be too few."""
+
+    at_s: float
+    kept: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,5 +432,5 @@ class ReplicaState:
     blind_since_s: float | None = None
     """Since when too few pods have reported."""
     rehearsal: Rehearsal | None = None
-    rehearsal_failed_s: float | None = None
-    """When the last rehearsal failed: the next one waits for twice the down window."""
+    rehearsal_failed: FailedRehearsal | None = None
+    """The next rehearsal waits for twice the down window, or until the load needs fewer than were tried."""

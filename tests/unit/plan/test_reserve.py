@@ -207,11 +207,17 @@ class TestRehearsal:
         return service_policy(replace(service_policy().loop, rehearsal_s=60.0))
 
     def _tick(
-        self, state: ReplicaState, now_s: float, away: tuple[str, ...] = (), tpot_ms: float = 50.0, point: str = "full"
+        self,
+        state: ReplicaState,
+        now_s: float,
+        away: tuple[str, ...] = (),
+        tpot_ms: float = 50.0,
+        point: str = "full",
+        per_s: int = 3,
     ) -> tuple[ReplicaPlan, ReplicaState]:
         policy = self._policy()
         pods = tuple(pod(f"pod-{n}", point=point, serving=f"uid-pod-{n}" not in away) for n in range(3))
-        history = replace(demand_of(policy, 3, now_s, tpot_ms=tpot_ms), since_s=0.0)
+        history = replace(demand_of(policy, per_s, now_s, tpot_ms=tpot_ms), since_s=0.0)
         return replicas.decide(observation(now_s, pods), history, policy, state)
 
     def test_pod_leaves_traffic_before_it_is_given_up(self) -> None:
@@ -232,9 +238,17 @@ class TestRehearsal:
         assert (plan.reason, plan.replicas, plan.out_of_traffic) == (Reason.REHEARSAL_FAILED, 3, ())
         plan, state = self._tick(state, NOW_S + 330)
         assert plan.out_of_traffic == ()
-        assert "failed less than 600 s ago" in plan.rejected
+        assert "failed less than 600 s ago, and the load needs as much as then" in plan.rejected
         plan, state = self._tick(state, NOW_S + 660)
         assert len(plan.out_of_traffic) == 1
+
+    def test_load_that_needs_less_than_was_tried_is_rehearsed_again_at_once(self) -> None:
+        """Two replicas were too few for 9 requests a second, which says nothing about 3, for which one is enough."""
+        plan, state = self._tick(FULL_HISTORY, NOW_S, per_s=9)
+        _, state = self._tick(state, NOW_S + 30, plan.out_of_traffic, tpot_ms=190.0, per_s=9)
+        as_before, _ = self._tick(state, NOW_S + 330, per_s=9)
+        less, _ = self._tick(state, NOW_S + 331, per_s=3)
+        assert (as_before.out_of_traffic, len(less.out_of_traffic)) == ((), 1)
 
     @pytest.mark.parametrize("mode", ["paused", "advisory"])
     def test_pod_returns_to_traffic_when_somebody_takes_the_wheel(self, mode: str) -> None:
@@ -250,7 +264,7 @@ class TestRehearsal:
         policy = self._policy()
         history = replace(demand_of(policy, 3, NOW_S), since_s=0.0)
         history = demand.update(history, observation(NOW_S + 1, 3, classes={"interactive": seen}), policy)
-        begun = Rehearsal("uid-pod-0", "pod-0", NOW_S - 30)
+        begun = Rehearsal("uid-pod-0", "pod-0", NOW_S - 30, kept=2)
         text = rehearsal.failure(observation(NOW_S + 1, 3), history, policy, begun, {"interactive": "full"})
         assert text is not None
         assert "attainment of 'interactive' fell to" in text
