@@ -124,6 +124,10 @@ evidence-runtime: install ## Re-take every figure of evidence/runtime.json: CPU 
 evidence-planner: install ## Re-take every figure of evidence/planner.json: simulations, two hours of one core
 	$(BIN)/python -m evidence.planner $(ARGS)
 
+.PHONY: evidence-planner-ablation
+evidence-planner-ablation: install ## What the parts of the planner are worth: one setting changed at a time, five minutes of one core
+	$(BIN)/python -m evidence.planner_ablation $(ARGS)
+
 .PHONY: evidence-planner-engine
 evidence-planner-engine: install ## Compare the simulator with the engine on this CPU: ten minutes of one core
 	$(BIN)/python -m evidence.planner_engine $(ARGS)
