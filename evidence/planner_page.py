@@ -1,7 +1,7 @@
-"""The table of docs/simulator.md, written from evidence/planner_pareto.json alone.
+"""The tables of docs/simulator.md, written from evidence/planner_pareto.json and planner_ablation.json alone.
 
-python -m evidence.planner_page            write it between the page's marks
-python -m evidence.planner_page --check    fail if it is not that of the file
+python -m evidence.planner_page            write them between the page's marks
+python -m evidence.planner_page --check    fail if they are not those of the files
 """
 
 import json
@@ -16,6 +16,7 @@ from evidence.pages import command
 
 PAGE = ROOT / "docs" / "simulator.md"
 CELLS = Path(__file__).with_name("planner_pareto.json")
+ABLATION = Path(__file__).with_name("planner_ablation.json")
 PROGRAM = "evidence.planner_page"
 
 
@@ -34,9 +35,25 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def ablation(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every variant on every load, in the order of the file."""
+    lines = [
+        "| load | Prism with | attainment | 95 % interval | replica-hours | mean quality | switches |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        mean, low, high = (f"{100 * value:.2f}" for value in row["attainment"])
+        spent = f"{row['replica_hours'][0]:.2f} | {row['relative_quality']:.4f} | {row['switches']:.0f}"
+        lines.append(f"| `{row['load']}` | {row['variant']} | {mean} | {low} to {high} | {spent} |")
+    return lines
+
+
 def tables() -> dict[str, list[str]]:
     """Lines of Markdown by the name of their mark."""
-    return {"pareto": table(json.loads(CELLS.read_text()))}
+    return {
+        "pareto": table(json.loads(CELLS.read_text())),
+        "ablation": ablation(json.loads(ABLATION.read_text())["rows"]),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,11 @@
-"""The simulator's page quotes evidence/planner_pareto.json."""
+"""The simulator's page quotes evidence/planner_pareto.json and evidence/planner_ablation.json."""
 
 import pytest
 
 from evidence.planner_page import main, table
 
 
-def test_the_page_holds_the_cells_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_holds_the_rows_of_the_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check"]) == 0, capsys.readouterr().out
 
 
