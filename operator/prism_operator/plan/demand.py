@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from prism_api.control import histogram_quantile
 from prism_operator.plan import calibration, lengths
@@ -117,8 +118,10 @@ def pressing_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate 
     history = state.samples.get(name, ())
     if not _known(state, history, policy.loop):
         return None
-    patient_s = patience_s(policy.by_name(name), policy.loop)
-    return _pressing(history, len(history) - 1, patient_s, policy.loop, policy.loop.fast_period_s)
+    loop, newest = policy.loop, history[-1]
+    counts = _counts(history, newest.end_s - loop.long_window_s)
+    ahead_s, coming = loop.fast_period_s, _surely_coming(newest, loop.fast_period_s)
+    return _pressing(counts, len(counts) - 1, patience_s(policy.by_name(name), loop), loop, ahead_s, coming)
 
 
 def lasting_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate | None:
@@ -129,10 +132,11 @@ def lasting_rate(state: DemandState, name: str, policy: ServicePolicy) -> Rate |
     history = state.samples.get(name, ())
     if state.last_s is None or not _known(state, history, policy.loop):
         return None
-    patient_s = patience_s(policy.by_name(name), policy.loop)
-    since_s = history[-1].end_s - policy.loop.short_window_s + _TICK_TOLERANCE_S
-    recent = (position for position in reversed(range(len(history))) if history[position].end_s > since_s)
-    rates = (_pressing(history, position, patient_s, policy.loop) for position in recent)
+    loop, patient_s = policy.loop, patience_s(policy.by_name(name), policy.loop)
+    since_s = history[-1].end_s - loop.short_window_s + _TICK_TOLERANCE_S
+    counts = _counts(history, since_s - loop.long_window_s)
+    recent = (position for position in reversed(range(len(counts))) if counts[position].end_s > since_s)
+    rates = (_pressing(counts, position, patient_s, loop) for position in recent)
     return min(rates, key=lambda rate: rate.per_s)
 
 
@@ -141,14 +145,15 @@ def peak_rate(state: DemandState, name: str, policy: ServicePolicy, seconds: flo
     history = state.samples.get(name, ())
     if state.last_s is None or not _known(state, history, policy.loop):
         return None
-    patient_s = patience_s(policy.by_name(name), policy.loop)
+    loop, patient_s = policy.loop, patience_s(policy.by_name(name), policy.loop)
     since_s = state.last_s - seconds + _TICK_TOLERANCE_S
+    counts = _counts(history, since_s - loop.long_window_s)
     peak, arrivals = 0.0, 0
-    for position in reversed(range(len(history))):
-        if history[position].end_s <= since_s:
+    for position in reversed(range(len(counts))):
+        if counts[position].end_s <= since_s:
             break
-        arrivals += history[position].delta.arrived
-        peak = max(peak, _pressing(history, position, patient_s, policy.loop).per_s)
+        arrivals += counts[position].arrived
+        peak = max(peak, _pressing(counts, position, patient_s, loop).per_s)
     return Rate(peak, arrivals, seconds)
 
 
@@ -273,23 +278,54 @@ def _rate(state: DemandState, name: str, window_s: float, loop: LoopSettings) ->
     return Rate(offered / span_s, arrivals, span_s)
 
 
-def _pressing(history: Sequence[Sample], last: int, patient_s: float, loop: LoopSettings, ahead_s: float = 0.0) -> Rate:
-    """What presses at the end of sample `last`: the largest (A - 1) / (w + D) of all windows up to the long one, for
+class _Count(NamedTuple):
+    """A sample's arrivals, and what they are scaled up to all pods."""
+
+    end_s: float
+    seconds: float
+    arrived: int
+    offered: float
+
+
+def _counts(history: Sequence[Sample], since_s: float) -> list[_Count]:
+    """Of the samples that ended after `since_s`. Windows are looked through over and over, and samples are slow."""
+    first = len(history)
+    while first > 0 and history[first - 1].end_s > since_s:
+        first -= 1
+    return [
+        _Count(one.end_s, one.end_s - one.start_s, one.delta.arrived, one.delta.arrived / one.heard)
+        for one in itertools.islice(history, first, None)
+    ]
+
+
+def _pressing(
+    counts: Sequence[_Count],
+    last: int,
+    patient_s: float,
+    loop: LoopSettings,
+    ahead_s: float = 0.0,
+    coming: float = 0.0,
+) -> Rate:
+    """What presses at the end of count `last`: the largest (A - 1) / (w + D) of all windows up to the long one, for
     nobody waits for itself; at least the mean of the long window, for patience is a loan. With `ahead_s` the windows
-    that end so much later count too.
+    that end so much later count too, until when `coming` more arrive.
     """
-    since = history[last].end_s - loop.long_window_s + _TICK_TOLERANCE_S
-    coming = _surely_coming(history[last], ahead_s)
+    since = counts[last].end_s - loop.long_window_s + _TICK_TOLERANCE_S
     span_s, offered, arrivals, most = 0.0, 0.0, 0, 0.0
     for position in range(last, -1, -1):
-        sample = history[position]
-        if sample.end_s <= since:
+        end_s, seconds, arrived, of_all = counts[position]
+        if end_s <= since:
             break
-        span_s += sample.end_s - sample.start_s
-        arrivals += sample.delta.arrived
-        offered += sample.delta.arrived / sample.heard
-        soon = (offered + coming - 1) / (span_s + ahead_s + patient_s)
-        most = max(most, (offered - 1) / (span_s + patient_s), soon)
+        span_s += seconds
+        arrivals += arrived
+        offered += of_all
+        pressed = (offered - 1) / (span_s + patient_s)
+        if pressed > most:
+            most = pressed
+        if ahead_s:
+            pressed = (offered + coming - 1) / (span_s + ahead_s + patient_s)
+            if pressed > most:
+                most = pressed
     return Rate(max(most, offered / span_s), arrivals, span_s)
 
 
