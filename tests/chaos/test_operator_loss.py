@@ -11,11 +11,11 @@ pytestmark = pytest.mark.cluster("nodes=2")
 
 def test_a_killed_operator_costs_no_request_and_its_successor_resumes_without_a_jump(system: System) -> None:
     earlier = _moves(system, "Replicas")  # of the test before: the service and its history are the same
-    system.apply(scaling={"minReplicas": 2, "maxReplicas": 2}, budget={"min": "b500"})
+    floor = 625
+    system.apply(scaling={"minReplicas": 2, "maxReplicas": 2}, budget={"min": f"b{floor}"})
     system.wait_ready(replicas=2)
-    floor = 500
     samples: list[tuple[float, dict[str, int]]] = []
-    # More than two replicas hold at full, and so much that the burst keeps both at the lowest point.
+    # Far more than two replicas hold at the point above the lowest, so that the burst keeps both there.
     arrivals = steady_then_burst(58, calm_per_s=2, burst_per_s=20, burst_at_s=6, burst_s=48)
     with system.load("operator_kill", arrivals) as load:
         system.wait_until(
