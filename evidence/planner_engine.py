@@ -36,6 +36,7 @@ from prism_runtime.engine.engine import Engine
 from prism_runtime.engine.governor import CLASS_SLOTS
 from prism_runtime.engine.profiling import Limits, measure_profile
 from prism_runtime.engine.types import Plan, Request, Sampling, Token
+from prism_runtime.server.serve import load_engine
 
 ARTIFACT = ROOT / "examples" / "model" / "artifact"
 LIMITS = Limits(
@@ -122,16 +123,7 @@ def over(simulated: Latencies, taken: Latencies) -> Mapping[str, float]:
 
 def ratios(seconds: float, seeds: Sequence[int]) -> list[Mapping[str, float]]:
     """One entry a seed. The profile is measured before each, for a machine's speed changes with its load."""
-    engine = Engine.from_artifact(
-        ARTIFACT,
-        max_sequences=LIMITS.max_sequences,
-        max_context_tokens=LIMITS.max_context_tokens,
-        kv_tokens=LIMITS.kv_tokens,
-        prefill_tokens_per_step=LIMITS.prefill_tokens_per_step,
-        threads=1,
-        classes=CLASS_SLOTS,
-        policy="fifo",
-    )
+    engine = load_engine(ARTIFACT, LIMITS, threads=1, policy="fifo")
     found = []
     for seed in seeds:
         profile = measure_profile(engine, LIMITS, accelerator="cpu", clock=time.process_time)

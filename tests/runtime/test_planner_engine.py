@@ -7,24 +7,14 @@ from evidence.runtime_goodput import Arrival
 from prism_api import FULL
 from prism_api.profile import PointProfile
 from prism_operator.simulate.cli import load_profile
-from prism_runtime.engine.engine import Engine
-from prism_runtime.engine.governor import CLASS_SLOTS
+from prism_runtime.server.serve import load_engine
 
 LOAD = [Arrival(0.0, 40, 8), Arrival(0.0, 20, 1), Arrival(3.0, 30, 5)]
 """Two together, of which one is a single token, and one after a pause."""
 
 
 def test_engine_answers_every_request_and_its_pauses_cost_nothing() -> None:
-    engine = Engine.from_artifact(
-        ARTIFACT,
-        max_sequences=LIMITS.max_sequences,
-        max_context_tokens=LIMITS.max_context_tokens,
-        kv_tokens=LIMITS.kv_tokens,
-        prefill_tokens_per_step=LIMITS.prefill_tokens_per_step,
-        threads=1,
-        classes=CLASS_SLOTS,
-        policy="fifo",
-    )
+    engine = load_engine(ARTIFACT, LIMITS, threads=1, policy="fifo")
     taken = serve(engine, LOAD, engine.ladder.names[0], seed=0)
     assert len(taken.ttft_s) == len(LOAD)
     assert len(taken.tpot_s) == 2, "one token has no pace"
