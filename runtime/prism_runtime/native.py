@@ -74,22 +74,23 @@ def levels() -> tuple[Level, ...]:
 @functools.cache
 def processor_flags() -> frozenset[str]:
     """What /proc/cpuinfo lists of the first processor; empty where there is no such file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    named = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    named = (line.partition(":")[2] for line in _cpuinfo(("flags", "Features")))
     return frozenset(next(named, "").split())
 
 
 def processor_name() -> str:
     """The model of the first processor as its maker calls it, or the kind of machine where nothing says more."""
+    named = (line.partition(":")[2].strip() for line in _cpuinfo(("model name",)))
+    return next(named, "") or platform.machine()
+
+
+def _cpuinfo(named: tuple[str, ...]) -> list[str]:
+    """The lines of /proc/cpuinfo that begin so; none where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.machine()
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.machine()
+        return []
+    return [line for line in lines if line.startswith(named)]
 
 
 def cache_folder() -> Path:
@@ -180,12 +181,8 @@ def _cached(source: Path, compiler: str, extra_flags: tuple[str, ...]) -> Path:
 
 def _processor() -> str:
     """What -march=native depends on: a home folder may be shared by machines that do not run each other's code."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()} {platform.node()}"
-    named = ("flags", "Features", "model name", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(named)}))
+    lines = _cpuinfo(("flags", "Features", "model name", "CPU part"))
+    return "\n".join(sorted(set(lines))) or f"{platform.machine()} {platform.processor()} {platform.node()}"
 
 
 def main(arguments: Sequence[str]) -> int:
