@@ -116,12 +116,14 @@ def ramp_run(speed_up: float, law: bool, seed: int, headroom: str | None = None,
     controller: Controller = Prism(policy)
     if law:
         controller = KedaSlo(ramp.TTFT_MS / 1000, ramp.TPOT_MS / 1000, ramp.LEAST, ramp.MOST)
+    return ramp_episode(policy, controller, speed_up, World(seed=seed, governors=governors))
+
+
+def ramp_episode(policy: ServicePolicy, controller: Controller, speed_up: float, world: World) -> Score:
     profile = ramp.knob(ramp.shipped_profile(ramp.PROFILE), speed_up)
-    fleet = Fleet(
-        policy, profile, ramp.LEAST, lambda n: ramp.START_S, controller, World(seed=seed, governors=governors)
-    )
-    ramp.play(fleet, seed)
-    return score(fleet, controller.name, seed)
+    fleet = Fleet(policy, profile, ramp.LEAST, lambda n: ramp.START_S, controller, world)
+    ramp.play(fleet, world.seed)
+    return score(fleet, controller.name, world.seed)
 
 
 def study_of(episode: Episode) -> Study:

@@ -17,13 +17,11 @@ from typing import Any
 
 from evidence import planner_page as page
 from evidence.figures import versions
-from evidence.planner import EPISODES, PARETO_SEEDS, RAMP_SEEDS, SPEED_UPS, ramp_policy, study_of
+from evidence.planner import EPISODES, PARETO_SEEDS, RAMP_SEEDS, SPEED_UPS, ramp_episode, ramp_policy, study_of
 from prism_api.scaling import ForecastMethod, Reserve
 from prism_api.service import BudgetControl
 from prism_operator.plan.types import ServicePolicy
-from prism_operator.simulate import ramp
 from prism_operator.simulate.control import Prism
-from prism_operator.simulate.fleet import Fleet
 from prism_operator.simulate.policies import Setting, lengths_of
 from prism_operator.simulate.score import Score, score
 from prism_operator.simulate.study import interval, play
@@ -69,11 +67,7 @@ VARIANTS = (
 
 def on_ramp(variant: Variant, seed: int) -> Score:
     policy = variant.change(ramp_policy())
-    profile = ramp.knob(ramp.shipped_profile(ramp.PROFILE), SPEED_UPS[0])
-    world = World(seed=seed, governors=variant.governors)
-    fleet = Fleet(policy, profile, ramp.LEAST, lambda n: ramp.START_S, Prism(policy), world)
-    ramp.play(fleet, seed)
-    return score(fleet, "prism", seed)
+    return ramp_episode(policy, Prism(policy), SPEED_UPS[0], World(seed=seed, governors=variant.governors))
 
 
 def on_trace(variant: Variant, trace: str, seed: int) -> Score:
