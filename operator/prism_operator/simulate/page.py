@@ -67,16 +67,12 @@ def _document(title: str, facts: Mapping[str, object], body: Sequence[str]) -> s
 def _table(heading: str, scores: Mapping[str, Sequence[Score]]) -> str:
     head = "".join(f"<th>{html.escape(column.title)}</th>" for column in COLUMNS)
     rows = [
-        f"<tr class={_marked(name)}><td>{html.escape(name)}</td>"
+        f"<tr{' class=prism' if name == 'prism' else ''}><td>{html.escape(name)}</td>"
         + "".join(f"<td>{cell}</td>" for cell in cells(runs))
         + "</tr>"
         for name, runs in scores.items()
     ]
     return f"<div class=scroll><table><tr><th>{heading}</th>{head}</tr>{''.join(rows)}</table></div>"
-
-
-def _marked(name: str) -> str:
-    return "prism" if name == "prism" else "other"
 
 
 def _shares(run: Together, caps: Caps) -> list[str]:
