@@ -1,6 +1,6 @@
 """What the parts of the planner are worth: one setting changed at a time, on the ramp and on two traces.
 
-    python -m evidence.planner_ablation        every row into evidence/planner_ablation.json; three minutes of one core
+    python -m evidence.planner_ablation        every row into evidence/planner_ablation.json; five minutes of one core
 
 All but the variant is as in `evidence.planner`: the knob makes a step H = 1.2 times faster on the ramp, 1.5 times on
 the traces.
